@@ -1,0 +1,1 @@
+"""The platform on Ray Serve. `app` is the table of contents."""

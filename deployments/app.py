@@ -1,0 +1,57 @@
+"""The wiring: read this file first.
+
+    client ──▶ Ingress ──private HTTP──▶ the engine of an EngineReplica
+                  ▲ who serves what           │ load, health
+                  └──────── ModelRouter ◀─────┘
+                                ▲ state of each endpoint
+                            Controller ── deploys one application per endpoint ──▶ Ray Serve
+
+`build` makes the gateway application: `serve run deployments.app:build config=llm-engine.yaml`,
+the import path of serve.yaml, and what `llm-engine up` runs. The engines' applications are made by
+the Controller, so that a gateway can be redeployed while they serve on.
+"""
+
+import os
+from typing import Any
+
+from ray import serve
+
+from deployments.controller import Controller
+from deployments.ingress import Ingress
+from deployments.router import ModelRouter
+from llm_engine import config
+from llm_engine.config import ENV_CONFIG, Settings
+
+APP_NAME = "llm-engine"
+
+
+def build(args: dict[str, Any]) -> serve.Application:
+    """The gateway, from `config` (a path), or from the sections of a configuration themselves."""
+    settings = settings_from(args)
+    settings.check_exposure()
+    gateway = settings.gateway
+    router = ModelRouter.bind()
+    controller = Controller.options(user_config=endpoints_config(settings)).bind((), router)
+    return Ingress.options(
+        ray_actor_options={"num_cpus": gateway.num_cpus},
+        max_ongoing_requests=2
+        * gateway.max_in_flight,  # the gateway itself says no, in OpenAI's words
+        autoscaling_config={
+            "min_replicas": gateway.min_replicas,
+            "max_replicas": gateway.max_replicas,
+            "target_ongoing_requests": gateway.target_in_flight,
+        },
+    ).bind(settings.model_copy(update={"endpoints": ()}), router, controller)
+
+
+def settings_from(args: dict[str, Any]) -> Settings:
+    args = dict(args)
+    path = args.pop("config", None) or (None if args else os.environ.get(ENV_CONFIG))
+    if path is not None:
+        return config.load(path)
+    return config.parse(args, dict(os.environ))
+
+
+def endpoints_config(settings: Settings) -> dict[str, Any]:
+    """The Controller's user_config: Serve hands it to the running Controller when it changes."""
+    return {"endpoints": [each.model_dump(mode="json") for each in settings.endpoints]}

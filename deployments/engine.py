@@ -1,0 +1,170 @@
+"""EngineReplica: one engine process, its health, its load, and a drain that loses no request.
+
+Serve owns its placement, its number and its restarts. Requests reach the engine's private port
+directly from the ingress; nothing of them passes through this actor.
+"""
+
+import asyncio
+import logging
+import time
+from dataclasses import replace
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
+from ray.serve.handle import DeploymentHandle
+
+from deployments import replica
+from llm_engine.config import EndpointSettings
+from llm_engine.engine.process import EngineProcess
+from llm_engine.errors import EngineError
+from llm_engine.records import ReplicaReport
+from llm_engine.statuses import ReplicaState
+
+logger = logging.getLogger("ray.serve")
+
+QUEUE_DEPTH = "queue_depth"
+#: After its last report says DRAINING, ingress replicas may still send for as long as this.
+FAREWELL_S = 1.0
+#: Serve kills a replica that drains longer than its endpoint allows by so much.
+SHUTDOWN_MARGIN_S = 20
+
+
+@serve.deployment
+class EngineReplica:
+    async def __init__(self, settings: EndpointSettings, generation: str, gateway: str) -> None:
+        replica.prepare()
+        self._settings = settings
+        self._router: DeploymentHandle = serve.get_deployment_handle("ModelRouter", gateway)
+        self._engine = EngineProcess(settings, host=ray.util.get_node_ip_address())
+        self._report = ReplicaReport(
+            endpoint=settings.name,
+            replica=serve.get_replica_context().replica_id.unique_id,
+            generation=generation,
+            state=ReplicaState.STARTING,
+        )
+        self._reporting = asyncio.create_task(self._keep_reporting())
+        try:
+            address = await self._engine.start()
+        except EngineError as error:
+            await self._tell(state=ReplicaState.FAILED, reason=str(error))
+            self._reporting.cancel()
+            # Without `from None` Serve would show a user two tracebacks before the cause.
+            raise RuntimeError(str(error)) from None
+        await self._tell(
+            state=ReplicaState.READY,
+            host=address.host,
+            port=address.port,
+            secret=address.secret,
+            max_model_len=address.max_model_len,
+        )
+
+    async def check_health(self) -> None:
+        """Serve calls it every few seconds and replaces a replica that raises."""
+        await self._engine.check_health()
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        return {QUEUE_DEPTH: self._report.load.depth}
+
+    async def __del__(self) -> None:
+        """Serve's graceful shutdown: finish what is running, then end the engine."""
+        if self._report.state is ReplicaState.READY:
+            await self._drain()
+        self._reporting.cancel()
+        await self._engine.stop()
+        await self._call_router("forget", self._report.replica)
+
+    async def _drain(self) -> None:
+        await self._tell(state=ReplicaState.DRAINING)
+        await asyncio.sleep(FAREWELL_S)
+        end = time.monotonic() + self._settings.drain_timeout_s
+        while time.monotonic() < end:
+            try:
+                if (await self._engine.load()).depth == 0:
+                    return
+            except EngineError:
+                return
+            await asyncio.sleep(0.2)
+        logger.warning("drain_timeout_s is over; the requests still running are cut")
+
+    async def _keep_reporting(self) -> None:
+        interval = 0.5
+        while True:
+            if self._report.state in (ReplicaState.READY, ReplicaState.DRAINING):
+                await self._observe()
+            interval = await self._call_router("report", self._report) or interval
+            await asyncio.sleep(interval)
+
+    async def _observe(self) -> None:
+        try:
+            self._report = replace(self._report, load=await self._engine.load())
+        except EngineError as error:
+            if self._report.state is ReplicaState.READY:
+                logger.error("the engine of %s failed: %s", self._settings.name, error)
+                self._report = replace(self._report, state=ReplicaState.FAILED, reason=str(error))
+
+    async def _tell(self, **change: Any) -> None:
+        self._report = replace(self._report, **change)
+        await self._call_router("report", self._report)
+
+    async def _call_router(self, method: str, *args: Any) -> Any:
+        """The router may be restarting; the next report will tell it all again."""
+        try:
+            return await asyncio.wait_for(getattr(self._router, method).remote(*args), 5)
+        except Exception as error:
+            logger.warning("the router did not take a %s: %s", method, error)
+            return None
+
+
+def scale_on_queue_depth(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
+    """As many replicas as the engines' own queues ask for: sum of depths over the target depth."""
+    depths = context.aggregated_metrics.get(QUEUE_DEPTH, {})
+    target = context.config.get_target_ongoing_requests()
+    wanted = -(-sum(depths.values()) // target)  # rounded up
+    low, high = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
+    return int(min(max(wanted, low), high)), {}
+
+
+def build_endpoint(
+    settings: EndpointSettings, generation: str, gateway: str, cluster_has_gpus: bool
+) -> serve.Application:
+    """The Serve application of one endpoint."""
+    gpus = replica_gpus(settings, cluster_has_gpus)
+    parallel = settings.tensor_parallel_size
+    cpus = settings.num_cpus * (parallel if gpus == 0 else 1)
+    options: dict[str, Any] = {
+        "ray_actor_options": {"num_cpus": cpus, "num_gpus": gpus},
+        "health_check_period_s": 1,
+        "health_check_timeout_s": 30,
+        "graceful_shutdown_wait_loop_s": 0.1,
+        "graceful_shutdown_timeout_s": settings.drain_timeout_s + SHUTDOWN_MARGIN_S,
+        "max_constructor_retry_count": 2,
+    }
+    if parallel > 1:
+        # All ranks of an engine in one bundle: on one node, taken together or not at all.
+        bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
+        options["placement_group_bundles"] = [bundle]
+        options["placement_group_strategy"] = "STRICT_PACK"
+    scaling = settings.autoscaling
+    if scaling.min_replicas == scaling.max_replicas:
+        options["num_replicas"] = scaling.min_replicas
+    else:
+        options["autoscaling_config"] = AutoscalingConfig(
+            min_replicas=scaling.min_replicas,
+            max_replicas=scaling.max_replicas,
+            target_ongoing_requests=scaling.target_queue_depth,
+            upscale_delay_s=scaling.upscale_delay_s,
+            downscale_delay_s=scaling.downscale_delay_s,
+            metrics_interval_s=1,
+            look_back_period_s=3,
+            policy=AutoscalingPolicy(policy_function=scale_on_queue_depth),
+        )
+    return EngineReplica.options(**options).bind(settings, generation, gateway)
+
+
+def replica_gpus(settings: EndpointSettings, cluster_has_gpus: bool) -> float:
+    if settings.num_gpus is not None:
+        return settings.num_gpus
+    needs = settings.engine == "vllm" and cluster_has_gpus
+    return settings.tensor_parallel_size if needs else 0

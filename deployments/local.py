@@ -1,0 +1,309 @@
+"""`llm-engine up`: a Ray of its own on this machine, the gateway on it, and an orderly end.
+
+Run as `python -m deployments.local` by the command line, which shows what this prints: one JSON
+object a line, {"event": ..., ...}. Ends on SIGTERM, SIGINT, or when stdin closes.
+"""
+
+import argparse
+import json
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from deployments.ray_settings import find_script, serve_environment, short_enough
+from llm_engine import config
+from llm_engine.config import ClusterSettings, Settings
+from llm_engine.errors import LLMEngineError, StartupError
+
+RAY_START_TIMEOUT_S = 90
+GATEWAY_TIMEOUT_S = 120
+RAY_STOP_TIMEOUT_S = 20
+#: Every process of one `up` carries it in its environment: what the end must not leave behind.
+INSTANCE = "LLM_ENGINE_INSTANCE"
+#: Endpoint states that will not change without someone doing something.
+SETTLED = ("READY", "UPDATE_FAILED")
+
+
+def tell(event: str, **facts: Any) -> None:
+    print(json.dumps({"event": event, **facts}), flush=True)
+
+
+class LocalCluster:
+    """One Ray head node with every port on loopback, as child processes."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._cluster: ClusterSettings = settings.cluster
+        self._process: subprocess.Popen[bytes] | None = None
+        self._instance = secrets.token_hex(8)
+        self.folder = self._cluster.state_dir
+        self.ray_port = self._cluster.ray_port or free_port()
+        self.environment = self._environment()
+
+    def _environment(self) -> dict[str, str]:
+        """For Ray's processes, and for whoever talks to them."""
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        folder = self.folder if short_enough(self.folder) else short_folder(self.folder)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        environment = dict(os.environ) | serve_environment(
+            folder, metrics_port=free_port(), stats_port=free_port()
+        )
+        environment |= ray_auth(self.folder)
+        environment[INSTANCE] = self._instance
+        # Named for other systems, but what it does is to make 127.0.0.1 the node's address;
+        # otherwise Ray replaces it by one that other machines can reach.
+        environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+        # Serve keeps an ingress for this long after its last request; locally there is nobody
+        # further out who might still know its port.
+        environment.setdefault("RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S", "1")
+        environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # engines drain by themselves
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)  # workers would compile everything anew
+        return environment
+
+    def start(self) -> None:
+        """Raises StartupError with what to do."""
+        check_port(self._settings.gateway.host, self._settings.gateway.port, "gateway.port")
+        check_port("127.0.0.1", self._cluster.dashboard_port, "cluster.dashboard_port")
+        check_port("127.0.0.1", self.ray_port, "cluster.ray_port")
+        environment = self.environment
+        temp = self.folder if short_enough(self.folder) else short_folder(self.folder)
+        cpus = self._cluster.num_cpus or max(2, os.cpu_count() or 2)
+        command = [
+            find_script("ray") or "ray", "start", "--head", "--block",
+            "--node-ip-address=127.0.0.1",
+            f"--port={self.ray_port}",
+            "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={self._cluster.dashboard_port}",
+            # Two Rays on a host that share the default agent port break each other's jobs.
+            f"--dashboard-agent-listen-port={self._cluster.dashboard_agent_port or free_port()}",
+            f"--dashboard-agent-grpc-port={free_port()}",
+            f"--metrics-export-port={free_port()}",
+            f"--runtime-env-agent-port={free_port()}",
+            f"--num-cpus={cpus}",
+            f"--object-store-memory={self._cluster.object_store_bytes}",
+            f"--temp-dir={temp / 'ray'}",
+            "--disable-usage-stats",
+        ]  # fmt: skip
+        log = (self.folder / "ray.log").open("wb")
+        self._process = subprocess.Popen(
+            command, env=environment, stdout=log, stderr=log, start_new_session=True
+        )
+        self._wait_for_dashboard(environment)
+
+    def stop(self) -> None:
+        """End Ray and all that ran on it; nothing of this instance is left."""
+        process = self._process
+        if process is not None and process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(RAY_STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                pass
+        for pid in processes_of(self._instance):
+            kill(pid, signal.SIGTERM)
+        wait_until(lambda: not processes_of(self._instance), 5)
+        for pid in processes_of(self._instance):
+            kill(pid, signal.SIGKILL)
+
+    def _wait_for_dashboard(self, environment: dict[str, str]) -> None:
+        token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+        url = f"http://127.0.0.1:{self._cluster.dashboard_port}/api/version"
+
+        def up() -> bool:
+            assert self._process is not None
+            if self._process.poll() is not None:
+                raise StartupError(f"Ray did not start: {self._last_words()}")
+            try:
+                answer = httpx.get(
+                    url, headers={"Authorization": f"Bearer {token}"}, trust_env=False
+                )
+            except httpx.HTTPError:
+                return False
+            return answer.status_code == 200
+
+        if not wait_until(up, RAY_START_TIMEOUT_S):
+            raise StartupError(
+                f"Ray's dashboard did not answer within {RAY_START_TIMEOUT_S} s. "
+                f"See {self.folder / 'ray.log'}."
+            )
+
+    def _last_words(self) -> str:
+        lines = (self.folder / "ray.log").read_text(errors="replace").strip().splitlines()
+        return f"{lines[-1] if lines else 'it printed nothing'} (see {self.folder / 'ray.log'})"
+
+
+def ray_auth(folder: Path) -> dict[str, str]:
+    """Ray's dashboard and job API run code for whoever asks: they ask for a token of ours."""
+    path = folder / "ray-token"
+    if not path.exists():
+        path.touch(mode=0o600)
+        path.write_text(secrets.token_hex(32))
+    return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+
+
+def deploy(settings: Settings, environment: dict[str, str], ray_port: int) -> None:
+    """Put the gateway on the Ray that `LocalCluster` started; returns when it answers."""
+    done = subprocess.run(
+        [sys.executable, "-m", "deployments.deploy", f"127.0.0.1:{ray_port}"],
+        input=json.dumps(config.dump(settings, reveal=True)).encode() + b"\n",
+        env=environment,
+        capture_output=True,
+        timeout=GATEWAY_TIMEOUT_S,
+        start_new_session=True,  # Ctrl-C is for us to handle
+    )
+    if done.returncode != 0:
+        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
+        raise StartupError(f"the gateway did not start: {lines[-1]}")
+
+
+def gateway_client(settings: Settings) -> httpx.Client:
+    gateway = settings.gateway
+    host = gateway.host if gateway.host not in ("0.0.0.0", "::") else "127.0.0.1"
+    key = next((k.get_secret_value() for k in gateway.api_keys), None)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx.Client(
+        base_url=f"http://{host}:{gateway.port}", headers=headers, timeout=5, trust_env=False
+    )
+
+
+def watch_endpoints(settings: Settings, stop: threading.Event) -> None:
+    """Tell every change of an endpoint's state, and once that all have settled."""
+    told: dict[str, tuple[str, str | None]] = {}
+    settled = not settings.endpoints
+    with gateway_client(settings) as client:
+        while not stop.wait(0.3):
+            try:
+                rows = client.get("/v1/endpoints").raise_for_status().json()["data"]
+            except httpx.HTTPError:
+                continue
+            for row in rows:
+                now = (row["status"], row["status_reason"])
+                if told.get(row["id"]) != now:
+                    told[row["id"]] = now
+                    tell("endpoint", name=row["id"], status=now[0], reason=now[1])
+            done = len(rows) == len(settings.endpoints) and all(
+                r["status"] in SETTLED for r in rows
+            )
+            if done and not settled:
+                settled = True
+                tell("settled", ready=[r["id"] for r in rows if r["status"] == "READY"])
+
+
+def run(settings: Settings, stop: threading.Event) -> None:
+    cluster = LocalCluster(settings)
+    try:
+        tell("step", name="Ray")
+        cluster.start()
+        dashboard = f"http://127.0.0.1:{settings.cluster.dashboard_port}"
+        tell("step", name="gateway", dashboard=dashboard)
+        if stop.is_set():
+            return
+        deploy(settings, cluster.environment, cluster.ray_port)
+        with gateway_client(settings) as client:
+            url = str(client.base_url)
+        (cluster.folder / "up.json").write_text(
+            json.dumps({"pid": os.getpid(), "address": url, "dashboard": dashboard})
+        )
+        tell("step", name="models", address=url)
+        watch_endpoints(settings, stop)
+    finally:
+        tell("stopping")
+        (cluster.folder / "up.json").unlink(missing_ok=True)
+        cluster.stop()
+        tell("stopped")
+
+
+def main() -> None:
+    """Settings come as one line of JSON on stdin, which then stays open; see the module's text."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--stay", action="store_true", help="go on when stdin closes")
+    options = parser.parse_args()
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    line = sys.stdin.readline()
+    if not options.stay:
+        threading.Thread(target=lambda: (sys.stdin.read(), stop.set()), daemon=True).start()
+    try:
+        settings = config.parse(json.loads(line), dict(os.environ))
+        settings.check_exposure()
+        run(settings, stop)
+    except LLMEngineError as error:
+        tell("failed", error=str(error))
+        sys.exit(1)
+    except Exception as error:
+        tell("failed", error=f"{type(error).__name__}: {error}")
+        sys.exit(1)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def check_port(host: str, port: int, setting: str) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise StartupError(
+                f"port {port} on {host} cannot be opened ({error.strerror}). Stop what uses it "
+                f"(`llm-engine down`, if that is an earlier llm-engine), or set {setting} to "
+                "another one."
+            ) from None
+
+
+def short_folder(folder: Path) -> Path:
+    """A stand-in for a state folder whose path is too long for unix sockets."""
+    import hashlib
+
+    name = hashlib.sha256(str(folder).encode()).hexdigest()[:10]
+    return Path(tempfile.gettempdir()) / f"llm-engine-{os.getuid()}-{name}"
+
+
+def processes_of(instance: str) -> list[int]:
+    """Every live process whose environment carries this instance's mark, but for this one."""
+    mark = f"{INSTANCE}={instance}".encode()
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            if mark in (entry / "environ").read_bytes().split(b"\0"):
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def kill(pid: int, number: int) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
+    end = time.monotonic() + timeout_s
+    while time.monotonic() < end:
+        if condition():
+            return True
+        time.sleep(0.1)
+    return condition()
+
+
+if __name__ == "__main__":
+    main()

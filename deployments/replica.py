@@ -1,0 +1,36 @@
+"""What every deployment does first in its replica's process."""
+
+import ipaddress
+import logging
+
+import ray
+import ray.serve._private.replica as serve_replica
+
+
+def prepare() -> None:
+    """Call it at the start of a deployment's constructor."""
+    share_log_handlers()
+    if ipaddress.ip_address(ray.util.get_node_ip_address()).is_loopback:
+        keep_grpc_on_loopback()
+
+
+def share_log_handlers() -> None:
+    """What llm_engine logs goes where Serve writes the replica's own log."""
+    source, target = logging.getLogger("ray.serve"), logging.getLogger("llm_engine")
+    target.handlers = source.handlers
+    target.setLevel(logging.INFO)
+    target.propagate = False
+
+
+def keep_grpc_on_loopback() -> None:
+    """Serve opens a gRPC port per replica on every interface, with no setting for it.
+
+    Private, so: it is here only, and tests/serve/test_loopback.py looks at the sockets. The port
+    opens after the constructor has run.
+    """
+    original = serve_replica.add_port_to_grpc_server
+
+    def on_loopback(server: object, address: str) -> int:
+        return original(server, address.replace("[::]", "127.0.0.1"))
+
+    serve_replica.add_port_to_grpc_server = on_loopback

@@ -1,0 +1,170 @@
+"""ModelRouter: the live picture of who serves what, pushed to every ingress replica.
+
+Engine replicas report to it, the controller tells it the endpoints' states, ingress replicas hold
+a call open that returns with the next picture. Never on the path of a request. All it knows comes
+back within seconds from those who told it, so it stores nothing.
+"""
+
+import asyncio
+import time
+from collections import defaultdict
+from dataclasses import asdict, replace
+from typing import Any
+
+from ray import serve
+
+from deployments import replica
+from llm_engine import metrics
+from llm_engine.metrics import EngineTotals, Merger, Samples
+from llm_engine.records import EndpointStatus, Load, ReplicaReport, RoutingTable
+from llm_engine.statuses import ReplicaState
+
+REPORT_INTERVAL_S = 0.5
+#: Reports that all replicas together may send in a second; with more replicas each sends fewer.
+REPORTS_PER_S = 50
+WATCH_S = 10.0
+#: Loads change with every request; the picture is redrawn for them at most this often.
+LOAD_REFRESH_S = 0.25
+#: Silent for so many of its intervals, a replica is taken for dead.
+MISSED_REPORTS = 6
+
+
+@serve.deployment(num_replicas=1, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0})
+class ModelRouter:
+    def __init__(self) -> None:
+        replica.prepare()
+        self._reports: dict[str, ReplicaReport] = {}
+        self._heard: dict[str, float] = {}
+        self._endpoints: dict[str, EndpointStatus] = {}
+        self._table = RoutingTable(version=time.time_ns())  # ahead of any earlier router's
+        self._changed = asyncio.Event()
+        self._dirty = False
+        self._merger = Merger()
+        self._ingresses: dict[str, float] = {}
+        self._past_tokens: dict[str, Load] = defaultdict(Load)
+        self._housekeeping: asyncio.Task[None] | None = None
+
+    async def report(self, report: ReplicaReport) -> float:
+        """A replica describes itself. Returns how many seconds it may wait before the next."""
+        self._start_housekeeping()
+        before = self._reports.get(report.replica)
+        self._reports[report.replica] = report
+        self._heard[report.replica] = time.monotonic()
+        if before is None or replace(before, load=report.load) != report:
+            self._redraw()
+        elif before.load != report.load:
+            self._dirty = True
+        return self._interval()
+
+    async def forget(self, replica: str) -> None:
+        """A replica says that it has stopped."""
+        self._forget(replica)
+        self._redraw()
+
+    async def set_endpoints(self, endpoints: list[EndpointStatus]) -> list[ReplicaReport]:
+        """The controller's word on each endpoint. Returns what is known of the replicas."""
+        self._start_housekeeping()
+        fresh = {endpoint.name: endpoint for endpoint in endpoints}
+        if fresh != self._endpoints:
+            self._endpoints = fresh
+            self._redraw()
+        return list(self._reports.values())
+
+    async def watch(self, known: int, ingress: str, samples: Samples) -> RoutingTable:
+        """The next picture after version `known`, or the same one after WATCH_S.
+
+        Takes along what the ingress replica has counted.
+        """
+        self._start_housekeeping()
+        self._merger.put(ingress, samples)
+        self._ingresses[ingress] = time.monotonic()
+        if self._table.version == known:
+            try:
+                await asyncio.wait_for(self._changed.wait(), WATCH_S)
+            except TimeoutError:
+                pass
+        return self._table
+
+    async def metrics(self, ingress: str, samples: Samples) -> bytes:
+        """The Prometheus text of the whole system."""
+        self._merger.put(ingress, samples)
+        self._ingresses[ingress] = time.monotonic()
+        return metrics.render(self._merger.total(), self._endpoints.values(), self._engine_totals())
+
+    async def describe(self) -> list[dict[str, Any]]:
+        """Every replica's report as plain data, without what opens its port."""
+        hidden = ("secret",)
+        return [
+            {key: value for key, value in asdict(report).items() if key not in hidden}
+            for report in self._reports.values()
+        ]
+
+    def _redraw(self) -> None:
+        ready: dict[str, list[ReplicaReport]] = defaultdict(list)
+        for report in self._reports.values():
+            if report.state is ReplicaState.READY:
+                ready[report.endpoint].append(report)
+        self._dirty = False
+        self._table = RoutingTable(
+            version=self._table.version + 1,
+            endpoints=self._endpoints,
+            replicas={name: tuple(reports) for name, reports in ready.items()},
+        )
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _interval(self) -> float:
+        return max(REPORT_INTERVAL_S, len(self._reports) / REPORTS_PER_S)
+
+    def _start_housekeeping(self) -> None:
+        if self._housekeeping is None:
+            self._housekeeping = asyncio.create_task(self._keep_house())
+
+    async def _keep_house(self) -> None:
+        while True:
+            await asyncio.sleep(LOAD_REFRESH_S)
+            now = time.monotonic()
+            limit = MISSED_REPORTS * self._interval()
+            silent = [name for name, at in self._heard.items() if now - at > limit]
+            for name in silent:
+                self._forget(name)
+            for name in [n for n, at in self._ingresses.items() if now - at > 3 * WATCH_S]:
+                del self._ingresses[name]
+                self._merger.retire(name)
+            if silent or self._dirty:
+                self._redraw()
+
+    def _forget(self, replica: str) -> None:
+        report = self._reports.pop(replica, None)
+        self._heard.pop(replica, None)
+        if report is not None:
+            past = self._past_tokens[report.endpoint]
+            self._past_tokens[report.endpoint] = _add_counters(past, report.load)
+
+    def _engine_totals(self) -> dict[str, EngineTotals]:
+        totals = {}
+        for name in self._endpoints:
+            load = self._past_tokens[name]
+            ready = [
+                r
+                for r in self._reports.values()
+                if r.endpoint == name and r.state is not ReplicaState.FAILED
+            ]
+            for report in ready:
+                load = replace(
+                    _add_counters(load, report.load),
+                    running=load.running + report.load.running,
+                    waiting=load.waiting + report.load.waiting,
+                    kv_cache_usage=load.kv_cache_usage + report.load.kv_cache_usage / len(ready),
+                )
+            taking = sum(r.state is ReplicaState.READY for r in ready)
+            totals[name] = EngineTotals(load, taking)
+        return totals
+
+
+def _add_counters(a: Load, b: Load) -> Load:
+    return replace(
+        a,
+        prompt_tokens=a.prompt_tokens + b.prompt_tokens,
+        generated_tokens=a.generated_tokens + b.generated_tokens,
+    )

@@ -1,0 +1,1 @@
+"""HTTP: each folder is one dialect; a dialect translates and decides nothing."""

@@ -1,0 +1,194 @@
+"""Chat, completions and embeddings: check, choose a replica, relay. The token path.
+
+Until the first byte has gone to the client, a lost replica is replaced by another, unseen.
+After it, the stream ends with an error event.
+"""
+
+import logging
+import time
+
+from llm_engine.api import sse
+from llm_engine.api.http import Call, ClientGone
+from llm_engine.api.openai.answers import engine_error, rewrite_answer, rewrite_event
+from llm_engine.api.openai.requests import EngineRequest, Kind, parse
+from llm_engine.api.relay import EngineConnection, EngineLost, post
+from llm_engine.errors import APIError, InternalError, Overloaded, Unavailable
+from llm_engine.records import EndpointStatus, ReplicaReport
+from llm_engine.services import Services
+
+logger = logging.getLogger("llm_engine.api")
+
+MAX_ATTEMPTS = 3
+_STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # asks reverse proxies not to hold events back
+]
+_TASKS = {Kind.CHAT: "generate", Kind.COMPLETIONS: "generate", Kind.EMBEDDINGS: "embed"}
+
+
+class _Refused(Exception):
+    """An engine that could not answer, where another might."""
+
+    def __init__(self, error: APIError) -> None:
+        self.error = error
+
+
+class Inference:
+    """One of OpenAI's inference routes."""
+
+    def __init__(self, services: Services, kind: Kind) -> None:
+        self._kind = kind
+        self._balancer = services.balancer
+        self._pool = services.pool
+        self._metrics = services.metrics
+        self._limits = services.settings.gateway
+
+    async def __call__(self, call: Call) -> None:
+        """Answers the call, or raises APIError while nothing has been sent yet."""
+        body = await call.body(self._limits.max_body_bytes)
+        request = parse(self._kind, body)
+        endpoint = self._balancer.endpoint(request.model, _TASKS[self._kind])
+        in_flight = self._metrics.in_flight.labels(endpoint.name)
+        in_flight.inc()
+        try:
+            await self._try_replicas(call, request, endpoint)
+        except APIError as error:
+            call.status = error.status
+            raise
+        finally:
+            in_flight.dec()
+            if call.gone:
+                self._metrics.disconnects.labels(endpoint.name).inc()
+            self._metrics.requests.labels(endpoint.name, request.path, call.status).inc()
+            self._metrics.duration.labels(endpoint.name).observe(time.perf_counter() - call.started)
+
+    async def _try_replicas(
+        self, call: Call, request: EngineRequest, endpoint: EndpointStatus
+    ) -> None:
+        failed: set[str] = set()
+        last: APIError | None = None
+        for _ in range(MAX_ATTEMPTS):
+            try:
+                replica = self._balancer.choose(endpoint, failed)
+            except (Unavailable, Overloaded):
+                if last is not None:
+                    raise last from None
+                raise
+            self._balancer.acquire(replica)
+            try:
+                return await self._ask(call, request, endpoint, replica)
+            except EngineLost as lost:
+                logger.warning("replica %s was lost: %s", replica.replica, lost)
+                self._balancer.suspect(replica)
+                last = None
+            except _Refused as refused:
+                last = refused.error
+                if not isinstance(last, Overloaded):
+                    self._balancer.suspect(replica)
+            finally:
+                self._balancer.release(replica)
+            failed.add(replica.replica)
+            self._metrics.retries.labels(endpoint.name).inc()
+        raise last or self._lost(endpoint)
+
+    async def _ask(
+        self, call: Call, request: EngineRequest, endpoint: EndpointStatus, replica: ReplicaReport
+    ) -> None:
+        """One attempt. EngineLost and _Refused mean that another replica may be tried."""
+        connection = await self._send(request, replica)
+        call.when_gone(lambda: connection.fail("the client left"))
+        try:
+            status = await connection.head()
+            if status != 200:
+                raise self._refusal(status, await connection.read_all(), request, endpoint)
+            if request.stream:
+                await self._stream(call, request, connection)
+            else:
+                answer = await connection.read_all()
+                if request.rewrite:
+                    answer = rewrite_answer(request, answer)
+                await call.reply(200, answer)
+        except EngineLost:
+            if call.gone:
+                raise ClientGone from None
+            raise
+        finally:
+            self._pool.give_back(replica, connection)
+
+    async def _send(self, request: EngineRequest, replica: ReplicaReport) -> EngineConnection:
+        connection = await self._pool.take(replica)
+        message = post(replica, request.path, request.body)
+        deadline = time.monotonic() + self._limits.request_timeout_s
+        try:
+            connection.ask(message, deadline)
+        except EngineLost:  # a kept connection had been closed: that says nothing of the engine
+            self._pool.give_back(replica, connection)
+            connection = await self._pool.take(replica, fresh=True)
+            connection.ask(message, deadline)
+        return connection
+
+    async def _stream(
+        self, call: Call, request: EngineRequest, connection: EngineConnection
+    ) -> None:
+        """Relay events as they come. The first read decides whether there is an answer at all."""
+        data = await connection.read()
+        idle, now = self._limits.idle_timeout_s, time.perf_counter
+        splitter = sse.Splitter() if request.rewrite else None
+        gaps = self._metrics.inter_token.labels(request.model)
+        await call.start(200, _STREAM_HEADERS)
+        self._metrics.first_token.labels(request.model).observe(now() - call.started)
+        before = now()
+        try:
+            while data:
+                if sse.holds_error(data):
+                    splitter = splitter or sse.Splitter()
+                if splitter is not None:
+                    data = self._rewrite(request, splitter, data)
+                await call.write(data)
+                connection.deadline = time.monotonic() + idle
+                data = await connection.read()
+                after = now()
+                gaps.observe((after - before) / (sse.count(data) or 1))
+                before = after
+        except EngineLost as lost:
+            if call.gone:
+                raise ClientGone from None
+            logger.warning("a stream of %s broke off: %s", request.model, lost)
+            broken = InternalError(
+                "The replica that was answering was lost; the answer is incomplete. Send the "
+                "request again.",
+                code="stream_interrupted",
+            )
+            await call.write(sse.error_event(broken))
+        await call.write(b"", more=False)
+
+    def _rewrite(self, request: EngineRequest, splitter: sse.Splitter, data: bytes) -> bytes:
+        out = []
+        for payload in splitter.feed(data):
+            if payload == sse.DONE:
+                out.append(sse.event(payload))
+            elif payload.startswith(b'{"error"'):
+                out.append(sse.error_event(engine_error(500, payload, request)))
+            elif request.rewrite:
+                out.append(sse.event(rewrite_event(request, payload)))
+            else:
+                out.append(sse.event(payload))
+        return b"".join(out)
+
+    def _refusal(
+        self, status: int, body: bytes, request: EngineRequest, endpoint: EndpointStatus
+    ) -> Exception:
+        error = engine_error(status, body, request)
+        if isinstance(error, Overloaded):
+            return _Refused(self._balancer.overloaded(endpoint))
+        # A dead engine still answers HTTP for a moment; another replica may do better.
+        return _Refused(error) if error.status >= 500 else error
+
+    def _lost(self, endpoint: EndpointStatus) -> Unavailable:
+        return Unavailable(
+            f"The model '{endpoint.name}' cannot answer now: the replicas that were asked failed "
+            "before they answered.",
+            param="model",
+            retry_after=self._limits.retry_after_s,
+        )

@@ -1,0 +1,277 @@
+"""A raw body of /v1/chat/completions, /v1/completions or /v1/embeddings, checked.
+
+What comes out goes to vLLM: the caller's own bytes, unless a field must be put into words that
+vLLM understands. Refuse, never ignore. No I/O.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+import orjson
+from pydantic import TypeAdapter, ValidationError
+
+from llm_engine.api.openai import fields, problems
+from llm_engine.errors import InvalidRequest
+
+Body = dict[str, Any]
+
+
+class Kind(StrEnum):
+    CHAT = "chat.completions"
+    COMPLETIONS = "completions"
+    EMBEDDINGS = "embeddings"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """What the relay needs to know of a request."""
+
+    kind: Kind
+    path: str
+    model: str
+    stream: bool
+    body: bytes
+    rewrite: bool  # each event of the stream, or the whole answer, goes through `answers`
+    choices: int = 1  # texts that will be generated: n for each prompt
+    top_logprobs: int | None = None  # what the caller asked for; None: leave the answer's alone
+    obfuscate: bool = False  # pad each event, so that its size does not tell its text
+
+
+@dataclass(frozen=True, slots=True)
+class _Route:
+    path: str
+    shape: TypeAdapter[Any]
+    known: frozenset[str]
+    check: Callable[[Body], Body]  # the rules between fields; returns what must change
+
+
+def parse(kind: Kind, body: bytes) -> EngineRequest:
+    """Raises InvalidRequest for the first thing that is wrong."""
+    try:
+        data = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise problems.from_json(error, body) from None
+    if type(data) is not dict:
+        raise InvalidRequest("The request body must be a JSON object.", code="invalid_type")
+    route = _ROUTES[kind]
+    if not data.keys() <= route.known:
+        _judge_unknown(kind, data)
+    try:
+        route.shape.validate_python(data)
+    except ValidationError as error:
+        raise problems.from_validation(error, data) from None
+    changes = route.check(data)
+    if changes:
+        body = orjson.dumps({k: v for k, v in (data | changes).items() if v is not _DROP})
+    if kind is Kind.EMBEDDINGS:
+        # vLLM's answer has all that OpenAI requires, and may be megabytes.
+        return EngineRequest(kind, route.path, data["model"], False, body, False)
+    return _generation(kind, route.path, data, body)
+
+
+def rename(request: EngineRequest, model: str) -> EngineRequest:
+    """The same request for an engine that knows the model by another name."""
+    data = orjson.loads(request.body)
+    return replace(request, model=model, body=orjson.dumps(data | {"model": model}))
+
+
+def is_known(kind: Kind, field: str) -> bool:
+    return field in _ROUTES[kind].known
+
+
+_DROP: Any = object()  # in changes: the field goes
+
+
+def _generation(kind: Kind, path: str, data: Body, body: bytes) -> EngineRequest:
+    get = data.get
+    stream = get("stream") is True
+    options = get("stream_options")
+    obfuscate = options is not None and options.get("include_obfuscation") is True
+    top_logprobs = None
+    if kind is Kind.CHAT and get("logprobs") and not get("logprob_token_ids"):
+        top_logprobs = get("top_logprobs") or 0
+    # Plain text streams are as OpenAI's already and go through byte for byte.
+    rewrite = (
+        not stream
+        or obfuscate
+        or (kind is Kind.CHAT and bool(get("logprobs") or get("tools")))
+        or "repetition_detection" in data
+    )
+    prompt = get("prompt")
+    prompts = len(prompt) if type(prompt) is list and type(prompt[0]) is not int else 1
+    choices = (get("n") or 1) * prompts
+    return EngineRequest(
+        kind, path, data["model"], stream, body, rewrite, choices, top_logprobs, obfuscate
+    )
+
+
+# -- rules between fields
+
+_CONSTRAINTS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
+
+
+def _check_chat(data: Body) -> Body:
+    get = data.get
+    changes = _check_generate(data)
+    if get("top_logprobs") and not get("logprobs"):
+        raise _only_with("top_logprobs", "logprobs")
+    limit, older = get("max_completion_tokens"), get("max_tokens")
+    if limit is not None and older is not None and limit != older:
+        raise problems.invalid(
+            f"'max_tokens' is {older} but 'max_completion_tokens' is {limit}: set only one.",
+            "max_tokens",
+            "invalid_value",
+        )
+    for index, message in enumerate(data["messages"]):
+        if message.get("content") is None and message["role"] == "assistant":
+            _check_silent_assistant(index, message)
+    if "tool_choice" in data:
+        changes |= _check_tool_choice(data)
+    wanted = get("top_logprobs")
+    if wanted and wanted < 20 and get("logprobs") and not get("logprob_token_ids"):
+        # vLLM counts the sampled token as one of the top: with one more, the true top is whole.
+        # `answers` sorts and cuts it.
+        changes["top_logprobs"] = wanted + 1
+    return changes
+
+
+def _check_silent_assistant(index: int, message: Body) -> None:
+    if not message.get("tool_calls") and message.get("refusal") is None:
+        raise problems.invalid(
+            f"Missing required parameter: 'messages[{index}].content'. An assistant message may "
+            "leave it out only when it has 'tool_calls'.",
+            ("messages", index, "content"),
+            "missing_required_parameter",
+        )
+
+
+def _check_tool_choice(data: Body) -> Body:
+    choice, tools = data["tool_choice"], data.get("tools")
+    if choice is None or choice == "none":
+        return {}
+    if not tools:
+        raise _only_with("tool_choice", "tools")
+    if isinstance(choice, str):
+        return {}
+    by_name = {tool["function"]["name"]: tool for tool in tools}
+    if choice["type"] == "function":
+        _find(by_name, choice, ("tool_choice", "function", "name"))
+        return {}
+    # allowed_tools: vLLM has no such choice, but without the other tools it comes to the same.
+    allowed = choice["allowed_tools"]
+    kept = [
+        _find(by_name, tool, ("tool_choice", "allowed_tools", "tools", i, "function", "name"))
+        for i, tool in enumerate(allowed["tools"])
+    ]
+    return {"tools": kept, "tool_choice": allowed["mode"]}
+
+
+def _find(tools: dict[str, Body], reference: Body, path: problems.Path) -> Body:
+    name = reference["function"]["name"]
+    if name not in tools:
+        raise problems.invalid(
+            f"Invalid value for '{problems.param_of(path)}': {problems.show(name)} is not one of "
+            "the functions in 'tools'.",
+            path,
+            "invalid_value",
+        )
+    return tools[name]
+
+
+def _check_completion(data: Body) -> Body:
+    best_of, n = data.get("best_of"), data.get("n") or 1
+    if best_of is not None and best_of < n:
+        raise problems.invalid(
+            f"Invalid 'best_of': {best_of} is below 'n', which is {n}.", "best_of", "invalid_value"
+        )
+    if best_of is not None and best_of > n:  # vLLM would ignore it
+        raise problems.unsupported(("best_of",))
+    if data.get("max_tokens") == 0 and not data.get("echo"):
+        raise problems.invalid(
+            "Invalid 'max_tokens': integer below minimum value. Expected a value >= 1, unless "
+            "'echo' is true, but got 0 instead.",
+            "max_tokens",
+            "integer_below_min_value",
+        )
+    return _check_generate(data)
+
+
+def _check_generate(data: Body) -> Body:
+    get = data.get
+    changes: Body = {}
+    if get("stream_options") is not None and not get("stream"):
+        raise _only_with("stream_options", "stream")
+    outputs = get("structured_outputs")
+    if outputs is not None and not any(outputs.get(form) for form in _CONSTRAINTS):
+        raise problems.invalid(
+            f"Invalid 'structured_outputs': set one of {', '.join(_CONSTRAINTS)}.",
+            "structured_outputs",
+            "invalid_value",
+        )
+    temperature, top_p = get("temperature"), get("top_p")
+    cold = temperature is not None and temperature < 1e-5  # what vLLM takes for 0
+    greedy_many = cold and (get("n") or 1) > 1 and not get("use_beam_search")
+    if top_p == 0 or greedy_many:
+        # OpenAI allows both, vLLM neither; to keep the one likeliest token says the same.
+        changes |= {"top_p": 1, "temperature": 1, "top_k": 1}
+    if get("suppress_tokens"):
+        # -100 is OpenAI's own way to ban a token.
+        banned = dict.fromkeys(map(str, data["suppress_tokens"]), -100)
+        changes["logit_bias"] = (get("logit_bias") or {}) | banned
+    if "suppress_tokens" in data:
+        changes["suppress_tokens"] = _DROP
+    return changes
+
+
+def _only_with(param: str, other: str) -> InvalidRequest:
+    needed = "is set" if other == "tools" else "is true"
+    return problems.invalid(
+        f"Invalid '{param}': it is only allowed when '{other}' {needed}.", param, "invalid_value"
+    )
+
+
+# -- fields that are in no shape
+
+
+def _judge_unknown(kind: Kind, data: Body) -> None:
+    """Engines have fields of their own, so unknown ones pass; probable mistakes do not."""
+    known = _ROUTES[kind].known
+    for name in data.keys() - known:
+        if data[name] is None:
+            continue
+        home = next((route for route in _ROUTES.values() if name in route.known), None)
+        if home is not None:
+            raise _unknown(name, f"It belongs to {home.path}, not to {_ROUTES[kind].path}.")
+        plain = _plain(name)
+        for candidate in known:
+            if _plain(candidate) == plain:
+                raise _unknown(name, f"Did you mean '{candidate}'?")
+        close = difflib.get_close_matches(name[: problems.MAX_SHOWN], known, 1, 0.85)
+        if close:
+            raise _unknown(name, f"Did you mean '{close[0]}'?")
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").replace("-", "").lower()
+
+
+def _unknown(name: str, hint: str) -> InvalidRequest:
+    return problems.invalid(f"Unknown parameter: '{name}'. {hint}", name, "unknown_parameter")
+
+
+def _route(path: str, shape: TypeAdapter[Any], vllm: frozenset[str], check: Any) -> _Route:
+    return _Route(path, shape, vllm | shape._type.__annotations__.keys(), check)
+
+
+_ROUTES = {
+    Kind.CHAT: _route("/v1/chat/completions", fields.CHAT, fields.VLLM_CHAT, _check_chat),
+    Kind.COMPLETIONS: _route(
+        "/v1/completions", fields.COMPLETION, fields.VLLM_COMPLETION, _check_completion
+    ),
+    Kind.EMBEDDINGS: _route(
+        "/v1/embeddings", fields.EMBEDDING, fields.VLLM_EMBEDDING, lambda data: {}
+    ),
+}

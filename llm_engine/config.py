@@ -1,0 +1,277 @@
+"""Settings: one YAML file, one frozen object. Every default of the system is written here, once.
+
+Knows nothing of Ray or vLLM: `vllm_args` goes to vLLM as it stands and vLLM judges it.
+"""
+
+import difflib
+import os
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from llm_engine.errors import ConfigError
+
+#: Models that come with llm-engine: usable as `model: builtin:<name>` with no network.
+BUILTIN = {
+    "chat": Path(__file__).parent / "demo" / "chat",
+    "embed": Path(__file__).parent / "demo" / "embed",
+}
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+ENV_KEYS = "LLM_ENGINE_API_KEYS"
+ENV_CONFIG = "LLM_ENGINE_CONFIG"
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class GatewaySettings(Section):
+    """The one address that clients use."""
+
+    host: str = Field(
+        "127.0.0.1",
+        description="Where HTTP listens. Anything but loopback needs an API key.",
+    )
+    port: int = Field(8000, ge=1, le=65535)
+    api_keys: tuple[SecretStr, ...] = Field(
+        (),
+        description=f"Bearer keys; {ENV_KEYS} (comma-separated) adds to them. None: no key asked.",
+    )
+    max_body_bytes: int = Field(16 * 2**20, ge=1024, description="Larger bodies get 413. Bytes.")
+    request_timeout_s: float = Field(
+        600, gt=0, description="Longest wait for the first byte of an answer. Seconds."
+    )
+    idle_timeout_s: float = Field(
+        120, gt=0, description="Longest silence within a stream before it is ended. Seconds."
+    )
+    retry_after_s: int = Field(5, ge=1, description="What 429 and 503 answers advise. Seconds.")
+    max_in_flight: int = Field(
+        2048, ge=1, description="Requests one ingress replica carries; more get 429."
+    )
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(4, ge=1)
+    target_in_flight: int = Field(
+        128, ge=1, description="Requests in flight per ingress replica that autoscaling aims at."
+    )
+    num_cpus: float = Field(0.1, ge=0, description="Ray CPUs an ingress replica reserves.")
+
+    @property
+    def is_loopback(self) -> bool:
+        return self.host in LOOPBACK
+
+
+class AutoscalingSettings(Section):
+    min_replicas: int = Field(1, ge=1)
+    max_replicas: int = Field(1, ge=1)
+    target_queue_depth: float = Field(
+        16, gt=0, description="Requests running and waiting in an engine that autoscaling aims at."
+    )
+    upscale_delay_s: float = Field(5, ge=0)
+    downscale_delay_s: float = Field(120, ge=0)
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.max_replicas < self.min_replicas:
+            raise ValueError(
+                f"max_replicas ({self.max_replicas}) is below min_replicas ({self.min_replicas})"
+            )
+        return self
+
+
+class EndpointSettings(Section):
+    """One model being served."""
+
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._:/@-]{0,199}$",
+        description="What clients put in `model`.",
+    )
+    model: str = Field(
+        min_length=1, description="builtin:chat, builtin:embed, a folder, or a Hugging Face id."
+    )
+    task: Literal["generate", "embed"] = "generate"
+    engine: Literal["vllm", "fake"] = Field(
+        "vllm", description="`fake` has no weights: it is for overhead measurements and tests."
+    )
+    vllm_args: dict[str, Any] = Field(
+        default_factory=dict,
+        description="vLLM's own engine and server arguments, by their long names (max_model_len: 4096).",
+    )
+    env: dict[str, str] = Field(
+        default_factory=dict, description="Environment variables of the engine process."
+    )
+    autoscaling: AutoscalingSettings = AutoscalingSettings()
+    max_queue: int = Field(
+        256, ge=1, description="Requests a replica holds, running and waiting; more get 429."
+    )
+    num_gpus: float | None = Field(
+        None, ge=0, description="Per replica. Unset: tensor_parallel_size on GPU nodes, else 0."
+    )
+    num_cpus: float = Field(0.5, gt=0, description="Ray CPUs a replica reserves.")
+    start_timeout_s: float = Field(
+        1800, gt=0, description="Longest wait for an engine to load and answer. Seconds."
+    )
+    drain_timeout_s: float = Field(
+        300, ge=0, description="Longest wait for running requests when a replica stops. Seconds."
+    )
+
+    @property
+    def tensor_parallel_size(self) -> int:
+        return int(self.vllm_args.get("tensor_parallel_size", 1))
+
+    @field_validator("vllm_args")
+    @classmethod
+    def _long_names(cls, args: dict[str, Any]) -> dict[str, Any]:
+        ours = {
+            "model": "model",
+            "served_model_name": "name",
+            "host": "",
+            "port": "",
+            "api_key": "",
+        }
+        clean = {key.replace("-", "_"): value for key, value in args.items()}
+        for key in ours.keys() & clean.keys():
+            instead = f"; set `{ours[key]}` of the endpoint" if ours[key] else ""
+            raise ValueError(f"'{key}' is set by llm-engine{instead}")
+        return clean
+
+    @model_validator(mode="after")
+    def _known_builtin(self) -> Self:
+        kind, _, name = self.model.partition(":")
+        if kind == "builtin" and name not in BUILTIN:
+            raise ValueError(
+                f"no built-in model '{name}'; there are {', '.join(f'builtin:{n}' for n in BUILTIN)}"
+            )
+        return self
+
+
+class ClusterSettings(Section):
+    """The Ray that `llm-engine up` starts. A cluster that is already there ignores this section."""
+
+    state_dir: Path = Field(
+        Path("~/.llm-engine"), description="Ray's files, logs, the token and the pid file."
+    )
+    num_cpus: int | None = Field(
+        None, ge=1, description="Ray's logical CPUs. Unset: the machine's, and at least 2."
+    )
+    object_store_bytes: int = Field(100 * 2**20, ge=75 * 2**20)
+    ray_port: int = Field(6379, ge=0, le=65535, description="0 picks a free one.")
+    dashboard_port: int = Field(8265, ge=1, le=65535)
+    dashboard_agent_port: int = Field(
+        0, ge=0, le=65535, description="0 picks a free one: two Rays on a host must not share it."
+    )
+
+    @field_validator("state_dir")
+    @classmethod
+    def _absolute(cls, path: Path) -> Path:
+        return path.expanduser().absolute()
+
+
+class Settings(Section):
+    gateway: GatewaySettings = GatewaySettings()
+    endpoints: tuple[EndpointSettings, ...] = (
+        EndpointSettings(name="demo-chat", model="builtin:chat"),
+        EndpointSettings(name="demo-embed", model="builtin:embed", task="embed"),
+    )
+    cluster: ClusterSettings = ClusterSettings()
+
+    @model_validator(mode="after")
+    def _sensible(self) -> Self:
+        names = [endpoint.name for endpoint in self.endpoints]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"two endpoints are named '{name}'; names must differ")
+        return self
+
+    def check_exposure(self) -> None:
+        """Refuse to listen beyond loopback without a key; raises ConfigError."""
+        if not self.gateway.is_loopback and not self.gateway.api_keys:
+            raise ConfigError(
+                f"gateway.host is {self.gateway.host}, which other machines can reach, and there is "
+                f"no API key. Set gateway.api_keys or {ENV_KEYS}, or listen on 127.0.0.1."
+            )
+
+
+def load(path: Path | str | None = None, environ: dict[str, str] | None = None) -> Settings:
+    """Settings from a YAML file, or the defaults where `path` is None.
+
+    Keys in the environment are added. Raises ConfigError with every mistake and its path.
+    """
+    environ = dict(os.environ) if environ is None else environ
+    raw: Any = {}
+    if path is not None:
+        try:
+            raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read the configuration {path}: {error.strerror}") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}") from error
+    return parse(raw or {}, environ, where=str(path or "configuration"))
+
+
+def parse(raw: Any, environ: dict[str, str], where: str = "configuration") -> Settings:
+    """Settings from what YAML or JSON gave; see `load`."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{where}: expected a mapping at the top, got {type(raw).__name__}")
+    try:
+        settings = Settings.model_validate(raw)
+    except ValidationError as error:
+        lines = [_explain(dict(item)) for item in error.errors()]
+        raise ConfigError("\n".join(f"{where}: {line}" for line in lines)) from None
+    extra = [key.strip() for key in environ.get(ENV_KEYS, "").split(",") if key.strip()]
+    if extra:
+        known = [key.get_secret_value() for key in settings.gateway.api_keys]
+        keys = tuple(SecretStr(key) for key in dict.fromkeys([*known, *extra]))
+        gateway = settings.gateway.model_copy(update={"api_keys": keys})
+        settings = settings.model_copy(update={"gateway": gateway})
+    return settings
+
+
+def dump(settings: Settings, *, reveal: bool = False) -> dict[str, Any]:
+    """Plain data that `parse` reads back; keys are masked unless `reveal`."""
+    data = settings.model_dump(mode="json")
+    data["gateway"]["api_keys"] = [
+        key.get_secret_value() if reveal else "**********" for key in settings.gateway.api_keys
+    ]
+    return data
+
+
+def _explain(item: dict[str, Any]) -> str:
+    path = ""
+    for part in item["loc"]:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    if item["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(str(item["loc"][-1]), _names_at(item["loc"][:-1]), n=1)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        return f"unknown key '{path}'{hint}"
+    message = item["msg"].removeprefix("Value error, ")
+    given = item.get("input")
+    shown = f" (given: {given!r})" if isinstance(given, str | int | float | bool) else ""
+    return f"{path}: {message}{shown}" if path else message
+
+
+def _names_at(location: tuple[Any, ...]) -> list[str]:
+    """The valid keys of the section that an error's location points into."""
+    section: Any = Settings
+    for part in location:
+        if isinstance(part, int):
+            continue
+        annotation = section.model_fields[part].annotation
+        arguments = [a for a in getattr(annotation, "__args__", ()) if isinstance(a, type)]
+        section = next((a for a in [annotation, *arguments] if _is_section(a)), None)
+        if section is None:
+            return []
+    return list(section.model_fields)
+
+
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, Section)

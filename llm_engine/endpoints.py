@@ -1,0 +1,74 @@
+"""What state an endpoint is in, from what was observed; pure, and the only place that decides it."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llm_engine.config import EndpointSettings
+from llm_engine.records import EndpointStatus, ReplicaReport
+from llm_engine.statuses import EndpointState, ReplicaState
+
+
+def generation(settings: EndpointSettings) -> str:
+    """A short name for exactly this configuration; another one means a rolling update."""
+    text = json.dumps(settings.model_dump(mode="json"), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What the cluster says of one endpoint."""
+
+    reports: Sequence[ReplicaReport] = ()
+    deployed: bool = False  # its application exists
+    failed: bool = False  # the cluster has given up starting it
+    message: str = ""  # the cluster's own words
+    lacking: str | None = None  # "needs 4 GPUs, the cluster has 2"
+    replicas_wanted: int = 0
+
+
+def derive(settings: EndpointSettings, seen: Observed, created: int) -> EndpointStatus:
+    """READY means that a replica has answered; a failure carries its cause."""
+    ready = [r for r in seen.reports if r.state is ReplicaState.READY]
+    reasons = [r.reason for r in seen.reports if r.state is ReplicaState.FAILED and r.reason]
+    if ready:
+        state, reason = EndpointState.READY, None
+        if len(ready) < seen.replicas_wanted and reasons:
+            reason = f"{len(ready)} of {seen.replicas_wanted} replicas are ready: {reasons[-1]}"
+    elif seen.failed:
+        state = EndpointState.UPDATE_FAILED
+        reason = reasons[-1] if reasons else _sentence(seen.message)
+    elif not seen.deployed:
+        state, reason = EndpointState.UPDATE_PENDING, None
+    else:
+        state = EndpointState.UPDATE_IN_PROGRESS
+        reason = _progress(seen, reasons)
+    lengths = [r.max_model_len for r in ready if r.max_model_len]
+    return EndpointStatus(
+        name=settings.name,
+        model=settings.model,
+        task=settings.task,
+        state=state,
+        reason=reason,
+        replicas_wanted=seen.replicas_wanted,
+        replicas_ready=len(ready),
+        created=created,
+        max_queue=settings.max_queue,
+        max_model_len=min(lengths, default=0),
+    )
+
+
+def _progress(seen: Observed, reasons: Sequence[str]) -> str:
+    if reasons:
+        return f"trying again after: {reasons[-1]}"
+    if any(r.state is ReplicaState.STARTING for r in seen.reports):
+        return "a replica is loading the model"
+    if seen.lacking:
+        return f"waiting for resources: {seen.lacking}"
+    return "a replica is being placed"
+
+
+def _sentence(message: str) -> str:
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return lines[-1] if lines else "its replicas cannot start"

@@ -1,0 +1,39 @@
+"""The engine seam: what a replica needs of an engine, whatever runs the model.
+
+An engine is a *process*: it can die, hang or be killed without taking its replica along. A new
+engine is one module with a `main()` that serves OpenAI's routes through `server.run`.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from llm_engine.records import Load
+
+HEADER_SECRET = "x-engine-secret"
+PATH_LOAD = "/-/load"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineAddress:
+    host: str
+    port: int
+    secret: str  # every request to the port must carry it in HEADER_SECRET
+    max_model_len: int  # tokens
+
+
+class Engine(ABC):
+    @abstractmethod
+    async def start(self) -> EngineAddress:
+        """Load the model and answer one request with it. Raises EngineError with the cause."""
+
+    @abstractmethod
+    async def load(self) -> Load:
+        """What it is doing now. Raises EngineError if it does not answer."""
+
+    @abstractmethod
+    async def check_health(self) -> None:
+        """Raises EngineError with the cause once the engine is dead."""
+
+    @abstractmethod
+    async def stop(self) -> None:
+        """End the process and all that it started; safe to call twice."""

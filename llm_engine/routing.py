@@ -1,0 +1,115 @@
+"""Which replica takes a request: a decision in process, in microseconds, from the last picture.
+
+Pure: knows neither Ray nor HTTP. Every ingress replica has a Balancer of its own; the router
+pushes them the same RoutingTable.
+"""
+
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Collection
+
+from llm_engine.errors import InvalidRequest, NotFound, Overloaded, Unavailable
+from llm_engine.records import EndpointStatus, ReplicaReport, RoutingTable
+from llm_engine.statuses import EndpointState
+
+#: How long a replica that just failed a request is left alone. Longer than the router needs to
+#: hear of its death, short enough for a mere hiccup.
+SUSPECT_S = 3.0
+
+
+class Balancer:
+    """Power of two choices (Mitzenmacher 2001) on requests in flight.
+
+    A replica's cost is what this ingress has in flight there, plus what others had at the last
+    report: its reported queue depth less our own share at that time.
+    """
+
+    def __init__(self, retry_after_s: int = 5, clock: Callable[[], float] = time.monotonic) -> None:
+        self.table = RoutingTable()
+        self._retry_after_s = retry_after_s
+        self._clock = clock
+        self._in_flight: Counter[str] = Counter()
+        self._others: dict[str, int] = {}
+        self._suspects: dict[str, float] = {}  # replica -> trusted again at
+
+    def update(self, table: RoutingTable) -> None:
+        self.table = table
+        replicas = [replica for group in table.replicas.values() for replica in group]
+        self._others = {
+            r.replica: max(0, r.load.depth - self._in_flight[r.replica]) for r in replicas
+        }
+        known = self._others.keys()
+        for gone in [name for name in self._in_flight if name not in known]:
+            if not self._in_flight[gone]:
+                del self._in_flight[gone]
+        now = self._clock()
+        self._suspects = {n: t for n, t in self._suspects.items() if n in known and t > now}
+
+    def endpoint(self, model: str, task: str | None = None) -> EndpointStatus:
+        """The endpoint that `model` names. Raises NotFound, or InvalidRequest for another task."""
+        endpoint = self.table.endpoints.get(model)
+        if endpoint is None:
+            raise NotFound(
+                f"The model '{model}' does not exist or you do not have access to it.",
+                param="model",
+                code="model_not_found",
+            )
+        if task is not None and endpoint.task != task:
+            does = {"generate": "generates text", "embed": "makes embeddings"}
+            raise InvalidRequest(
+                f"The model '{model}' {does[endpoint.task]}; it cannot serve this path.",
+                param="model",
+                code="model_not_supported",
+            )
+        return endpoint
+
+    def choose(self, endpoint: EndpointStatus, exclude: Collection[str] = ()) -> ReplicaReport:
+        """The replica to ask. Raises Unavailable (none is ready) or Overloaded (all are full)."""
+        ready = [r for r in self.table.replicas.get(endpoint.name, ()) if r.replica not in exclude]
+        if not ready:
+            raise self._unavailable(endpoint, retried=bool(exclude))
+        trusted = [r for r in ready if r.replica not in self._suspects] if self._suspects else ready
+        pool = trusted or ready
+        picked = pool if len(pool) <= 2 else random.sample(pool, 2)
+        best = min(picked, key=self.cost) if len(picked) > 1 else picked[0]
+        if self.cost(best) >= endpoint.max_queue:
+            best = min(pool, key=self.cost)
+            if self.cost(best) >= endpoint.max_queue:
+                raise self.overloaded(endpoint)
+        return best
+
+    def cost(self, replica: ReplicaReport) -> int:
+        return self._in_flight[replica.replica] + self._others.get(replica.replica, 0)
+
+    def acquire(self, replica: ReplicaReport) -> None:
+        self._in_flight[replica.replica] += 1
+
+    def release(self, replica: ReplicaReport) -> None:
+        self._in_flight[replica.replica] -= 1
+
+    def suspect(self, replica: ReplicaReport) -> None:
+        self._suspects[replica.replica] = self._clock() + SUSPECT_S
+
+    def overloaded(self, endpoint: EndpointStatus) -> Overloaded:
+        return Overloaded(
+            f"The queue of '{endpoint.name}' is full: each replica holds at most "
+            f"{endpoint.max_queue} requests (max_queue). Retry later.",
+            param="model",
+            retry_after=self._retry_after_s,
+        )
+
+    def _unavailable(self, endpoint: EndpointStatus, retried: bool) -> Unavailable:
+        if retried:
+            why = "the replicas that were asked failed before they answered"
+        elif endpoint.state is EndpointState.UPDATE_FAILED:
+            why = endpoint.reason or "its replicas cannot start"
+        elif endpoint.state is EndpointState.READY:
+            why = "its replicas are being replaced"
+        else:
+            why = endpoint.reason or "its first replica is starting"
+        return Unavailable(
+            f"The model '{endpoint.name}' cannot answer now: {why}.".replace("..", "."),
+            param="model",
+            retry_after=self._retry_after_s,
+        )

@@ -1,0 +1,27 @@
+"""The states of an endpoint and the one place that says what may follow what."""
+
+from enum import StrEnum
+
+
+class EndpointState(StrEnum):
+    #: Wanted, and no replica has been asked for yet.
+    UPDATE_PENDING = "UPDATE_PENDING"
+    #: Replicas are being placed, are loading weights or are warming up.
+    UPDATE_IN_PROGRESS = "UPDATE_IN_PROGRESS"
+    #: A replica has answered a request.
+    READY = "READY"
+    #: No replica can start; `reason` says why. The controller goes on trying if the cause can pass.
+    UPDATE_FAILED = "UPDATE_FAILED"
+    #: Replicas finish what they have and stop.
+    DELETE_IN_PROGRESS = "DELETE_IN_PROGRESS"
+
+
+class ReplicaState(StrEnum):
+    #: The engine process is loading or warming up.
+    STARTING = "STARTING"
+    #: It has answered a request, and takes more.
+    READY = "READY"
+    #: It finishes what it has and takes nothing new.
+    DRAINING = "DRAINING"
+    #: Its engine could not start or died; `reason` says why.
+    FAILED = "FAILED"
