@@ -31,11 +31,11 @@ def build(args: dict[str, Any]) -> serve.Application:
     settings.check_exposure()
     gateway = settings.gateway
     router = ModelRouter.bind()
-    controller = Controller.options(user_config=endpoints_config(settings)).bind((), router)
+    controller = Controller.options(user_config=endpoints_config(settings)).bind(router)
     return Ingress.options(
         ray_actor_options={"num_cpus": gateway.num_cpus},
-        max_ongoing_requests=2
-        * gateway.max_in_flight,  # the gateway itself says no, in OpenAI's words
+        # Room to spare: the gateway itself says no first, in OpenAI's words.
+        max_ongoing_requests=2 * gateway.max_in_flight,
         autoscaling_config={
             "min_replicas": gateway.min_replicas,
             "max_replicas": gateway.max_replicas,

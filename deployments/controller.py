@@ -34,11 +34,11 @@ GIVEN_UP = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
 
 @serve.deployment(num_replicas=1, ray_actor_options={"num_cpus": 0})
 class Controller:
-    def __init__(self, endpoints: tuple[EndpointSettings, ...], router: DeploymentHandle) -> None:
+    def __init__(self, router: DeploymentHandle) -> None:
         replica.prepare()
         self._router = router
         self._gateway = serve.get_replica_context().app_name
-        self._wanted = {endpoint.name: endpoint for endpoint in endpoints}
+        self._wanted: dict[str, EndpointSettings] = {}  # until Serve calls `reconfigure`
         self._deployed: dict[str, str] = {}  # endpoint -> generation
         self._created: dict[str, int] = {}
         self._reports: dict[str, list[ReplicaReport]] = {}
@@ -68,7 +68,7 @@ class Controller:
         applications = status.applications
         resources = await asyncio.to_thread(ray.cluster_resources)
         wanted = dict(self._wanted)
-        for name, settings in wanted.items():
+        for settings in wanted.values():
             await self._deploy_if_changed(settings, applications, resources)
         for application in applications.keys() - {application_name(n) for n in wanted}:
             if application.startswith(PREFIX):

@@ -1,4 +1,4 @@
-"""Ingress: HTTP in, HTTP out. A thin shell that keeps the gateway's picture of the cluster fresh."""
+"""Ingress: HTTP in, HTTP out. A thin shell that keeps the gateway's picture of things fresh."""
 
 import asyncio
 import logging
@@ -26,6 +26,7 @@ class Ingress:
         self, settings: Settings, router: DeploymentHandle, controller: DeploymentHandle
     ) -> None:
         replica.prepare()
+        replica.check_exposure(settings)
         self._router = router
         self._name = serve.get_replica_context().replica_id.unique_id
         self._services = Services(

@@ -4,7 +4,9 @@ import ipaddress
 import logging
 
 import ray
+from ray.serve.context import _get_global_client
 import ray.serve._private.replica as serve_replica
+from llm_engine.config import Settings
 
 
 def prepare() -> None:
@@ -34,3 +36,15 @@ def keep_grpc_on_loopback() -> None:
         return original(server, address.replace("[::]", "127.0.0.1"))
 
     serve_replica.add_port_to_grpc_server = on_loopback
+
+
+def check_exposure(settings: Settings) -> None:
+    """Refuse to serve without keys where others can connect. Raises ConfigError.
+
+    `serve deploy` names the HTTP host in a place of its own; what counts is where Serve listens.
+    Private, so: it is here only. Serve's public status does not tell the HTTP options.
+    """
+    client = _get_global_client()
+    host = client.http_config.host if client is not None else None
+    gateway = settings.gateway.model_copy(update={"host": host or "0.0.0.0"})
+    settings.model_copy(update={"gateway": gateway}).check_exposure()

@@ -104,7 +104,7 @@ class EndpointSettings(Section):
     )
     vllm_args: dict[str, Any] = Field(
         default_factory=dict,
-        description="vLLM's own engine and server arguments, by their long names (max_model_len: 4096).",
+        description="vLLM's own engine and server arguments, by long name: {max_model_len: 4096}.",
     )
     env: dict[str, str] = Field(
         default_factory=dict, description="Environment variables of the engine process."
@@ -131,12 +131,10 @@ class EndpointSettings(Section):
     @field_validator("vllm_args")
     @classmethod
     def _long_names(cls, args: dict[str, Any]) -> dict[str, Any]:
-        ours = {
+        ours = dict.fromkeys(("host", "port", "uds", "api_key", "middleware"), "") | {
             "model": "model",
             "served_model_name": "name",
-            "host": "",
-            "port": "",
-            "api_key": "",
+            "max_num_queued_reqs": "max_queue",
         }
         clean = {key.replace("-", "_"): value for key, value in args.items()}
         for key in ours.keys() & clean.keys():
@@ -149,7 +147,8 @@ class EndpointSettings(Section):
         kind, _, name = self.model.partition(":")
         if kind == "builtin" and name not in BUILTIN:
             raise ValueError(
-                f"no built-in model '{name}'; there are {', '.join(f'builtin:{n}' for n in BUILTIN)}"
+                f"no built-in model '{name}'; "
+                f"there are {', '.join(f'builtin:{known}' for known in BUILTIN)}"
             )
         return self
 
@@ -196,8 +195,8 @@ class Settings(Section):
         """Refuse to listen beyond loopback without a key; raises ConfigError."""
         if not self.gateway.is_loopback and not self.gateway.api_keys:
             raise ConfigError(
-                f"gateway.host is {self.gateway.host}, which other machines can reach, and there is "
-                f"no API key. Set gateway.api_keys or {ENV_KEYS}, or listen on 127.0.0.1."
+                f"gateway.host is {self.gateway.host}, which other machines can reach, and there "
+                f"is no API key. Set gateway.api_keys or {ENV_KEYS}, or listen on 127.0.0.1."
             )
 
 

@@ -1,4 +1,4 @@
-"""What state an endpoint is in, from what was observed; pure, and the only place that decides it."""
+"""What state an endpoint is in, from what was observed. Pure, and the only place to decide it."""
 
 import hashlib
 import json

@@ -1,1 +1,1 @@
-"""One replica's model: an engine is a process of its own with an OpenAI server on a private port."""
+"""One replica's model: an engine is a process with an OpenAI server on a private port."""

@@ -9,7 +9,6 @@ import re
 import secrets
 import signal
 import sys
-import time
 from typing import Any
 
 import httpx
@@ -283,15 +282,3 @@ def _signal_name(number: int) -> str:
         return signal.Signals(number).name
     except ValueError:
         return f"signal {number}"
-
-
-def wait_for_exit(pid: int, timeout_s: float) -> bool:
-    """True once no process has this pid; for callers outside an event loop."""
-    end = time.monotonic() + timeout_s
-    while time.monotonic() < end:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return True
-        time.sleep(0.05)
-    return False

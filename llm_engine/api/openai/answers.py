@@ -56,10 +56,8 @@ def rewrite_event(request: EngineRequest, event: bytes) -> bytes:
     for choice in chunk["choices"]:
         if choice["finish_reason"] in _BROKEN:
             return orjson.dumps(_interrupted().body())
-        for call in choice.get("delta", {}).get("tool_calls", ()):
-            # Clients add up the pieces of `arguments`: the first must not be missing.
-            if "id" in call and "function" in call:
-                call["function"].setdefault("arguments", "")
+        if "delta" in choice:
+            _rewrite_delta(choice["delta"])
     _rewrite_choices(request, chunk)
     chunk = _without_null(chunk, _NULL_OF_ANSWER)
     if request.obfuscate:
@@ -67,6 +65,15 @@ def rewrite_event(request: EngineRequest, event: bytes) -> bytes:
         size = len(orjson.dumps(chunk))
         chunk["obfuscation"] = secrets.token_hex(_OBFUSCATION_STEP)[: -size % _OBFUSCATION_STEP]
     return orjson.dumps(chunk)
+
+
+def _rewrite_delta(delta: Object) -> None:
+    if delta.get("role"):
+        delta["role"] = "assistant"  # see _message
+    for call in delta.get("tool_calls", ()):
+        # Clients add up the pieces of `arguments`: the first must not be missing.
+        if "id" in call and "function" in call:
+            call["function"].setdefault("arguments", "")
 
 
 def _rewrite_choices(request: EngineRequest, answer: Object) -> None:
@@ -195,6 +202,8 @@ _TOO_MANY = re.compile(r"(\w+)=(\d+) cannot be greater than max_model_len=(\d+)\
 _PYDANTIC = re.compile(r"\d+ validation errors?\b")
 _PYDANTIC_SAYS = re.compile(r"""'msg': (['"])(.*?)\1, '(?:input|ctx|url)'""")
 _PYTHON = re.compile(r"'\w+' object |Traceback|unhashable type|unexpected keyword")
+_CLASS = re.compile(r"\.[A-Z]\w+")
+_MUST = re.compile(r"\b(\w+) (?:must|cannot)\b")  # "min_tokens must be ..."
 _INDEX = re.compile(r"\.(\d+)(?=\.|$)")
 _MAX_MESSAGE = 1000
 
@@ -215,16 +224,17 @@ def _from_pydantic(message: str, param: Any, request: EngineRequest) -> InvalidR
 
 def _param(param: Any, message: str, request: EngineRequest) -> str | None:
     if isinstance(param, str) and param:
-        path = _INDEX.sub(r"[\1]", param.removeprefix("body."))
+        path = _CLASS.sub("", _INDEX.sub(r"[\1]", param.removeprefix("body.")))
         if is_known(request.kind, path.partition(".")[0].partition("[")[0]):
             return path
     if message.startswith("Grammar error"):
         return "response_format" if b'"response_format"' in request.body else "structured_outputs"
     if "not a multimodal model" in message:
         return "messages"
-    # Many of vLLM's messages start with the field: "min_tokens must be ...".
-    first = message.partition(" ")[0]
-    return first if is_known(request.kind, first) else None
+    if message.startswith("Token id"):
+        return _prompt_of(request)
+    named = _MUST.search(message)
+    return named[1] if named and is_known(request.kind, named[1]) else None
 
 
 def _prompt_of(request: EngineRequest) -> str:

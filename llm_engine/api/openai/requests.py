@@ -5,6 +5,7 @@ vLLM understands. Refuse, never ignore. No I/O.
 """
 
 import difflib
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -99,6 +100,7 @@ def _generation(kind: Kind, path: str, data: Body, body: bytes) -> EngineRequest
         or obfuscate
         or (kind is Kind.CHAT and bool(get("logprobs") or get("tools")))
         or "repetition_detection" in data
+        or "continue_final_message" in data
     )
     prompt = get("prompt")
     prompts = len(prompt) if type(prompt) is list and type(prompt[0]) is not int else 1
@@ -183,6 +185,9 @@ def _find(tools: dict[str, Body], reference: Body, path: problems.Path) -> Body:
 
 def _check_completion(data: Body) -> Body:
     best_of, n = data.get("best_of"), data.get("n") or 1
+    changes = _check_generate(data)
+    if "n" in data and data["n"] is None:
+        changes["n"] = _DROP  # OpenAI's type has null, vLLM's has not
     if best_of is not None and best_of < n:
         raise problems.invalid(
             f"Invalid 'best_of': {best_of} is below 'n', which is {n}.", "best_of", "invalid_value"
@@ -196,7 +201,7 @@ def _check_completion(data: Body) -> Body:
             "max_tokens",
             "integer_below_min_value",
         )
-    return _check_generate(data)
+    return changes
 
 
 def _check_generate(data: Body) -> Body:
@@ -238,28 +243,38 @@ def _only_with(param: str, other: str) -> InvalidRequest:
 
 def _judge_unknown(kind: Kind, data: Body) -> None:
     """Engines have fields of their own, so unknown ones pass; probable mistakes do not."""
-    known = _ROUTES[kind].known
-    for name in data.keys() - known:
-        if data[name] is None:
-            continue
-        home = next((route for route in _ROUTES.values() if name in route.known), None)
-        if home is not None:
-            raise _unknown(name, f"It belongs to {home.path}, not to {_ROUTES[kind].path}.")
-        plain = _plain(name)
-        for candidate in known:
-            if _plain(candidate) == plain:
-                raise _unknown(name, f"Did you mean '{candidate}'?")
-        close = difflib.get_close_matches(name[: problems.MAX_SHOWN], known, 1, 0.85)
-        if close:
-            raise _unknown(name, f"Did you mean '{close[0]}'?")
+    names = [name for name in data.keys() - _ROUTES[kind].known if data[name] is not None]
+    if len(names) > _MAX_UNKNOWN:
+        raise InvalidRequest(
+            f"The request has {len(names)} unknown parameters; at most {_MAX_UNKNOWN} are let "
+            "through.",
+            code="unknown_parameter",
+        )
+    for name in names:
+        hint = _mistake(kind, name[: problems.MAX_SHOWN])
+        if hint is not None:
+            message = f"Unknown parameter: '{name[: problems.MAX_SHOWN]}'. {hint}"
+            raise problems.invalid(message, (name,), "unknown_parameter")
+
+
+_MAX_UNKNOWN = 16  # each may cost a millisecond of comparing
+
+
+@functools.lru_cache(1024)
+def _mistake(kind: Kind, name: str) -> str | None:
+    """What was probably meant; None when the name is like nothing known."""
+    for route in _ROUTES.values():
+        if name in route.known:
+            return f"It belongs to {route.path}, not to {_ROUTES[kind].path}."
+    known = sorted(_ROUTES[kind].known)
+    meant = next((known_one for known_one in known if _plain(known_one) == _plain(name)), None)
+    for close in [meant] if meant else difflib.get_close_matches(name, known, 1, 0.85):
+        return f"Did you mean '{close}'?"
+    return None
 
 
 def _plain(name: str) -> str:
     return name.replace("_", "").replace("-", "").lower()
-
-
-def _unknown(name: str, hint: str) -> InvalidRequest:
-    return problems.invalid(f"Unknown parameter: '{name}'. {hint}", name, "unknown_parameter")
 
 
 def _route(path: str, shape: TypeAdapter[Any], vllm: frozenset[str], check: Any) -> _Route:
