@@ -8,11 +8,11 @@ import argparse
 import json
 import os
 import secrets
+import shutil
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -21,7 +21,7 @@ from typing import Any
 
 import httpx
 
-from deployments.ray_settings import find_script, serve_environment, short_enough
+from deployments.ray_settings import find_script, ray_folder, serve_environment, socket_folder
 from llm_engine import config
 from llm_engine.config import ClusterSettings, Settings
 from llm_engine.errors import LLMEngineError, StartupError
@@ -54,10 +54,8 @@ class LocalCluster:
     def _environment(self) -> dict[str, str]:
         """For Ray's processes, and for whoever talks to them."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        folder = self.folder if short_enough(self.folder) else short_folder(self.folder)
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         environment = dict(os.environ) | serve_environment(
-            folder, metrics_port=free_port(), stats_port=free_port()
+            socket_folder(self.folder), metrics_port=free_port(), stats_port=free_port()
         )
         environment |= ray_auth(self.folder)
         environment[INSTANCE] = self._instance
@@ -77,7 +75,6 @@ class LocalCluster:
         check_port("127.0.0.1", self._cluster.dashboard_port, "cluster.dashboard_port")
         check_port("127.0.0.1", self.ray_port, "cluster.ray_port")
         environment = self.environment
-        temp = self.folder if short_enough(self.folder) else short_folder(self.folder)
         cpus = self._cluster.num_cpus or max(2, os.cpu_count() or 2)
         command = [
             find_script("ray") or "ray", "start", "--head", "--block",
@@ -92,7 +89,7 @@ class LocalCluster:
             f"--runtime-env-agent-port={free_port()}",
             f"--num-cpus={cpus}",
             f"--object-store-memory={self._cluster.object_store_bytes}",
-            f"--temp-dir={temp / 'ray'}",
+            f"--temp-dir={ray_folder(self.folder)}",
             "--disable-usage-stats",
         ]  # fmt: skip
         log = (self.folder / "ray.log").open("wb")
@@ -115,6 +112,7 @@ class LocalCluster:
         wait_until(lambda: not processes_of(self._instance), 5)
         for pid in processes_of(self._instance):
             kill(pid, signal.SIGKILL)
+        shutil.rmtree(socket_folder(self.folder), ignore_errors=True)
 
     def _wait_for_dashboard(self, environment: dict[str, str]) -> None:
         token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
@@ -163,8 +161,12 @@ def deploy(settings: Settings, environment: dict[str, str], ray_port: int) -> No
         start_new_session=True,  # Ctrl-C is for us to handle
     )
     if done.returncode != 0:
+        (settings.cluster.state_dir / "deploy.log").write_bytes(done.stderr)
         lines = done.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
-        raise StartupError(f"the gateway did not start: {lines[-1]}")
+        raise StartupError(
+            f"the gateway did not start: {lines[-1]} "
+            f"(see {settings.cluster.state_dir / 'deploy.log'})"
+        )
 
 
 def gateway_client(settings: Settings) -> httpx.Client:
@@ -213,7 +215,14 @@ def run(settings: Settings, stop: threading.Event) -> None:
         with gateway_client(settings) as client:
             url = str(client.base_url)
         (cluster.folder / "up.json").write_text(
-            json.dumps({"pid": os.getpid(), "address": url, "dashboard": dashboard})
+            json.dumps(
+                {
+                    "pid": os.getpid(),
+                    "address": url,
+                    "dashboard": dashboard,
+                    "ray": f"127.0.0.1:{cluster.ray_port}",
+                }
+            )
         )
         tell("step", name="models", address=url)
         watch_endpoints(settings, stop)
@@ -264,14 +273,6 @@ def check_port(host: str, port: int, setting: str) -> None:
                 f"(`llm-engine down`, if that is an earlier llm-engine), or set {setting} to "
                 "another one."
             ) from None
-
-
-def short_folder(folder: Path) -> Path:
-    """A stand-in for a state folder whose path is too long for unix sockets."""
-    import hashlib
-
-    name = hashlib.sha256(str(folder).encode()).hexdigest()[:10]
-    return Path(tempfile.gettempdir()) / f"llm-engine-{os.getuid()}-{name}"
 
 
 def processes_of(instance: str) -> list[int]:

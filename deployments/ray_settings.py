@@ -4,31 +4,38 @@
 it, and cluster.yaml puts it in front of `ray start`.
 """
 
+import hashlib
 import os
 import shutil
+import stat
 import sys
 from pathlib import Path
 
-#: Longest unix socket path; HAProxy's lies in a folder named by a 56-digit node id.
-_LONGEST_SOCKET_PATH = 107
+from llm_engine.errors import StartupError
+
+#: HAProxy takes socket paths of at most 97 characters, and Serve puts a folder named by the
+#: 56-digit node id into them: what is left does not fit under an ordinary home.
+_LONGEST_SOCKET_FOLDER = 97 - len("/") - 56 - len("/metrics.sock")
+#: Ray's own sockets lie some 70 characters below its temporary folder.
+_LONGEST_RAY_FOLDER = 36
 
 
-def serve_environment(folder: Path, *, metrics_port: int, stats_port: int) -> dict[str, str]:
+def serve_environment(sockets: Path, *, metrics_port: int, stats_port: int) -> dict[str, str]:
     """Ray Serve with HAProxy in front and user code in the replica's main loop.
 
     Measured on two cores: Serve's Python proxy takes 2-4 ms of CPU a request, HAProxy 0.4 ms.
     """
-    haproxy = folder / "haproxy"
+    assert len(str(sockets)) <= _LONGEST_SOCKET_FOLDER, sockets
     environment = {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_NBTHREAD": str(min(4, os.cpu_count() or 1)),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(metrics_port),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(haproxy / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(haproxy / "admin.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(haproxy / "metrics.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(haproxy),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(haproxy / "server-state"),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(sockets / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(sockets / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(sockets / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(sockets),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(sockets / "server-state"),
         # A hop between threads a request, a log line a request: not on the token path.
         "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
         "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
@@ -48,7 +55,25 @@ def find_script(name: str) -> str | None:
     return str(beside) if beside.exists() else shutil.which(name)
 
 
-def short_enough(folder: Path) -> bool:
-    """Whether HAProxy's sockets can lie under `folder`."""
-    deepest = folder / "haproxy" / ("0" * 56) / "metrics.sock"
-    return len(str(deepest)) <= _LONGEST_SOCKET_PATH
+def socket_folder(state_dir: Path) -> Path:
+    """A folder for unix sockets that belongs to `state_dir` and has a short name; only ours.
+
+    HAProxy's admin socket is open to whoever can reach it, so the folder must be private. Raises
+    StartupError where somebody else has taken the name.
+    """
+    name = hashlib.sha256(str(state_dir).encode()).hexdigest()[:8]
+    folder = Path("/tmp") / f"le-{os.getuid()}-{name}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if found.st_uid != os.getuid() or not stat.S_ISDIR(found.st_mode):
+        raise StartupError(f"{folder} belongs to another user. Remove it, or change state_dir.")
+    folder.chmod(0o700)
+    return folder
+
+
+def ray_folder(state_dir: Path) -> Path:
+    """Ray's temporary folder: under `state_dir`, unless its sockets would not fit there."""
+    folder = state_dir / "ray"
+    if len(str(folder)) <= _LONGEST_RAY_FOLDER:
+        return folder
+    return socket_folder(state_dir) / "ray"

@@ -4,8 +4,9 @@ import ipaddress
 import logging
 
 import ray
-from ray.serve.context import _get_global_client
 import ray.serve._private.replica as serve_replica
+from ray.serve.context import _get_global_client
+
 from llm_engine.config import Settings
 
 

@@ -5,7 +5,8 @@ import orjson
 from llm_engine.errors import APIError
 
 DONE = b"[DONE]"
-_ERROR_START = b'data: {"error"'
+#: An error object, or vLLM's word for a generation that it gave up: OpenAI has none for that.
+_FAILURES = (b'data: {"error"', b'"finish_reason":"abort"', b'"finish_reason":"error"')
 
 
 def event(payload: bytes) -> bytes:
@@ -23,8 +24,8 @@ def count(data: bytes) -> int:
     return data.count(b"\n\n")
 
 
-def holds_error(data: bytes) -> bool:
-    return _ERROR_START in data
+def holds_failure(data: bytes) -> bool:
+    return any(mark in data for mark in _FAILURES)
 
 
 class Splitter:

@@ -42,6 +42,7 @@ class EngineProcess(Engine):
         self._port: asyncio.Future[int] | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
+        self._reaper: asyncio.Task[None] | None = None
         self._client: httpx.AsyncClient | None = None
 
     async def start(self) -> EngineAddress:
@@ -82,12 +83,13 @@ class EngineProcess(Engine):
             return
         if process.returncode is None:
             process.terminate()
-            try:
-                await asyncio.wait_for(process.wait(), STOP_GRACE_S)
-            except TimeoutError:
-                logger.warning("the engine ignored SIGTERM for %s s; killing it", STOP_GRACE_S)
-        self._kill_group()
+        assert self._reaper is not None
+        _, late = await asyncio.wait([self._reaper], timeout=STOP_GRACE_S)
+        if late:
+            logger.warning("the engine ignored SIGTERM for %s s; killing it", STOP_GRACE_S)
+            self._kill_group()
         await process.wait()
+        await self._drain_output()
 
     def why(self) -> str:
         """One sentence on what went wrong: the engine's own words where it left any."""
@@ -131,6 +133,7 @@ class EngineProcess(Engine):
         self._process.stdin.write(spec.to_json().encode() + b"\n")
         await self._process.stdin.drain()
         self._reader = asyncio.create_task(self._read_output())
+        self._reaper = asyncio.create_task(self._reap())
 
     async def _read_output(self) -> None:
         assert self._process is not None and self._process.stdout is not None
@@ -147,8 +150,13 @@ class EngineProcess(Engine):
             elif text:
                 self._output.append(text)
                 logger.info("%s | %s", self._settings.name, text)
-        await self._process.wait()
-        # A killed engine leaves its workers behind, and they hold its memory.
+
+    async def _reap(self) -> None:
+        """A killed engine leaves its workers behind, and they hold its memory."""
+        assert self._process is not None
+        # Not `wait()`: it also waits for the pipes, which the workers have inherited.
+        while self._process.returncode is None:
+            await asyncio.sleep(0.2)
         self._kill_group()
 
     def _hear(self, message: dict[str, Any]) -> None:
@@ -159,11 +167,8 @@ class EngineProcess(Engine):
 
     async def _wait_until_listening(self) -> None:
         assert self._port is not None and self._process is not None
-        ended = asyncio.ensure_future(self._process.wait())
-        try:
-            await asyncio.wait([self._port, ended], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            ended.cancel()
+        assert self._reaper is not None
+        await asyncio.wait([self._port, self._reaper], return_when=asyncio.FIRST_COMPLETED)
         if not self._port.done():
             await self._drain_output()
             raise EngineError(self.why())

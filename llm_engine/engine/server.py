@@ -66,8 +66,16 @@ def run(serve: Callable[[EngineSpec, socket.socket], None]) -> None:
     except BaseException as error:
         if isinstance(error, SystemExit) and error.code in (0, None):
             raise
-        tell("failed", error=f"{type(error).__name__}: {error}")
+        tell("failed", error=describe(error))
         sys.exit(EXIT_FAILED)
+
+
+def describe(error: BaseException) -> str:
+    """'Type: message' in one paragraph; of pydantic's report just what it found."""
+    if type(error).__name__ == "ValidationError" and hasattr(error, "errors"):
+        found = [f"{e['msg']}".removeprefix("Value error, ") for e in error.errors()]
+        return "; ".join(found)
+    return f"{type(error).__name__}: {error}"
 
 
 def _die_with_parent() -> None:

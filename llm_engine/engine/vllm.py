@@ -25,7 +25,7 @@ CPU_ENV = {
     # "auto" pins every engine of a small machine to the same core.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
-BUILTIN_ARGS: dict[str, Any] = {"max_model_len": 2048, "max_num_seqs": 64}
+BUILTIN_ARGS: dict[str, Any] = {"max_num_seqs": 64}
 BUILTIN_CPU_ARGS: dict[str, Any] = {"kv_cache_memory_bytes": 64 * 2**20}
 BUILTIN_CHAT_ARGS: dict[str, Any] = {
     "enable_auto_tool_choice": True,
@@ -35,6 +35,7 @@ BUILTIN_CHAT_ARGS: dict[str, Any] = {
 }
 ALWAYS_ARGS: dict[str, Any] = {
     "disable_uvicorn_access_log": True,
+    "enable_prompt_tokens_details": True,  # usage tells cached_tokens
     # vLLM's own API key leaves /metrics, /health and others open; this covers every path.
     "middleware": ["llm_engine.engine.vllm_plugin.VllmGuard"],
 }

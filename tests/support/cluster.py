@@ -49,6 +49,7 @@ class Cluster:
         self.events: list[dict[str, Any]] = []
         self._raw = settings
         self._wait = wait
+        self._clients: list[OpenAI] = []
         self._process: subprocess.Popen[str] | None = None
 
     def __enter__(self) -> Self:
@@ -73,6 +74,8 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         assert self._process is not None
+        for client in self._clients:
+            client.close()
         self._process.send_signal(signal.SIGTERM)
         self._process.wait(STOP_TIMEOUT_S)
         for pipe in (self._process.stdin, self._process.stdout):
@@ -90,7 +93,9 @@ class Cluster:
 
     def openai(self, **options: Any) -> OpenAI:
         defaults = {"base_url": f"{self.url}/v1", "api_key": self.KEY, "max_retries": 0}
-        return OpenAI(**{**defaults, **options})
+        client = OpenAI(**{**defaults, **options})
+        self._clients.append(client)
+        return client
 
     def async_openai(self, **options: Any) -> AsyncOpenAI:
         defaults = {"base_url": f"{self.url}/v1", "api_key": self.KEY, "max_retries": 0}
@@ -118,13 +123,15 @@ class Cluster:
                 continue
         return found
 
-    def engines(self, endpoint: str = "") -> list[psutil.Process]:
-        """The HTTP processes of vLLM engines."""
+    def engines(self, endpoint: str) -> list[psutil.Process]:
+        """The HTTP processes of an endpoint's vLLM engines, found by their private ports."""
+        ports = {r["port"] for r in self.endpoint(endpoint)["replicas"] if r["state"] == "READY"}
         return [
-            p
-            for p in self.processes()
-            if p.cmdline()[1:3] == ["-m", "llm_engine.engine.vllm"]
-        ]  # fmt: skip
+            process
+            for process in self.processes()
+            if process.cmdline()[1:3] == ["-m", "llm_engine.engine.vllm"]
+            and {c.laddr.port for c in process.net_connections() if c.status == "LISTEN"} & ports
+        ]
 
     def wait_for(self, event: str, timeout_s: float) -> dict[str, Any]:
         def seen() -> dict[str, Any] | None:

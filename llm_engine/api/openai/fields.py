@@ -347,7 +347,7 @@ class EmbeddingRequest(_Common, total=False):
 
 
 # Fields of vLLM's own that pass as they are: vLLM honours them or refuses them by name.
-# tests/unit/test_openai_requests.py compares them with the installed vLLM.
+# tests/unit/test_openai_fields.py compares them with the installed vLLM.
 _VLLM_ANY = frozenset(
     """
     add_special_tokens cache_salt priority truncate_prompt_tokens truncation_side

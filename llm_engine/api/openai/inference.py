@@ -141,7 +141,7 @@ class Inference:
         before = now()
         try:
             while data:
-                if sse.holds_error(data):
+                if sse.holds_failure(data):
                     splitter = splitter or sse.Splitter()
                 if splitter is not None:
                     data = self._rewrite(request, splitter, data)
@@ -170,10 +170,8 @@ class Inference:
                 out.append(sse.event(payload))
             elif payload.startswith(b'{"error"'):
                 out.append(sse.error_event(engine_error(500, payload, request)))
-            elif request.rewrite:
-                out.append(sse.event(rewrite_event(request, payload)))
             else:
-                out.append(sse.event(payload))
+                out.append(sse.event(rewrite_event(request, payload)))
         return b"".join(out)
 
     def _refusal(

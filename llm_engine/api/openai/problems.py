@@ -90,7 +90,7 @@ def from_json(error: orjson.JSONDecodeError, body: bytes) -> InvalidRequest:
     elif "UTF-8" in what:
         where = _bad_utf8(body)
     else:
-        word = next((w for w in ("NaN", "Infinity", "-Infinity") if _starts(error, w)), None)
+        word = next((w for w in ("NaN", "Infinity") if _starts(error, w)), None)
         what = f"{word} is not a JSON value" if word else what
         where = f"The request body is not valid JSON: {what} at line {error.lineno}"
         where += f", column {error.colno}"
@@ -196,16 +196,16 @@ def _not_among(path: Path, value: Any, context: Any) -> InvalidRequest:
 _NARROWED = {"modalities", "service_tier", "store", "suffix", "tools", "verbosity"}
 
 
-def _limit(word: str, sign: str, key: str) -> Callable[[Path, Any, Any], InvalidRequest]:
+def _limit(word: str, code: str, sign: str, key: str) -> Callable[[Path, Any, Any], InvalidRequest]:
     def describe(path: Path, value: Any, context: Any) -> InvalidRequest:
         limit = context[key]
         number = "decimal" if isinstance(limit, float) else "integer"
-        shown = f"{limit:g}" if isinstance(limit, float) else limit
+        shown = int(limit) if limit == int(limit) else limit
         return invalid(
             f"Invalid '{param_of(path)}': {number} {word} value. Expected a value {sign} "
             f"{shown}, but got {show(value)} instead.",
             path,
-            f"{number}_{word.replace(' ', '_')}_value",
+            f"{number}_{code}_value",
         )
 
     return describe
@@ -251,9 +251,9 @@ _DESCRIBE: dict[str, Callable[[Path, Any, Any], InvalidRequest]] = {
     "union_tag_invalid": _bad_tag,
     "union_tag_not_found": _missing,
     "literal_error": _not_among,
-    "less_than_equal": _limit("above max", "<=", "le"),
-    "greater_than_equal": _limit("below min", ">=", "ge"),
-    "greater_than": _limit("below min", ">", "gt"),
+    "less_than_equal": _limit("above maximum", "above_max", "<=", "le"),
+    "greater_than_equal": _limit("below minimum", "below_min", ">=", "ge"),
+    "greater_than": _limit("below minimum", "below_min", ">", "gt"),
     "too_long": _too_long,
     "string_too_long": _too_long,
     "too_short": _too_short,
