@@ -87,6 +87,8 @@ class LocalCluster:
             f"--dashboard-agent-grpc-port={free_port()}",
             f"--metrics-export-port={free_port()}",
             f"--runtime-env-agent-port={free_port()}",
+            "--min-worker-port=0",  # the system picks: two Rays on a host share the default range
+            "--max-worker-port=0",
             f"--num-cpus={cpus}",
             f"--object-store-memory={self._cluster.object_store_bytes}",
             f"--temp-dir={ray_folder(self.folder)}",

@@ -70,5 +70,6 @@ def _progress(seen: Observed, reasons: Sequence[str]) -> str:
 
 
 def _sentence(message: str) -> str:
+    """The last line of a traceback, which is where Python says what it is about."""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return lines[-1] if lines else "its replicas cannot start"
+    return lines[-1].removeprefix("RuntimeError: ") if lines else "its replicas cannot start"

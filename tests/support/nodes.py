@@ -1,0 +1,136 @@
+"""A Ray cluster of several nodes on one machine, started as an operator starts one.
+
+Each node has a loopback address of its own (127.0.0.2, 127.0.0.3, ...), so that what must cross
+nodes does.
+"""
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any, Self
+
+import httpx
+import yaml
+
+from deployments.ray_settings import find_script, serve_environment, socket_folder
+from llm_engine import config
+from llm_engine.serve_config import serve_config
+from tests.support.cluster import eventually, free_port
+
+
+class Nodes:
+    KEY = "sk-cluster"
+
+    def __init__(self, folder: Path, count: int = 2, cpus_each: int = 2) -> None:
+        self._folder = folder
+        self._count, self._cpus = count, cpus_each
+        self._sockets = socket_folder(folder)
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self.gcs = f"127.0.0.2:{free_port()}"
+        self.dashboard = free_port()
+        self.port = free_port()
+        self.url = f"http://127.0.0.2:{self.port}"
+        self.environment = {
+            **os.environ,
+            **serve_environment(self._sockets, metrics_port=free_port(), stats_port=free_port()),
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+            "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
+            config.ENV_KEYS: self.KEY,
+        }
+
+    def __enter__(self) -> Self:
+        host, port = self.gcs.split(":")
+        self._start(
+            "--head", f"--node-ip-address={host}", f"--port={port}", "--dashboard-host=127.0.0.1",
+            f"--dashboard-port={self.dashboard}", f"--temp-dir={self._sockets / 'ray'}",
+        )  # fmt: skip
+        eventually(self._dashboard_answers, 60, what="the head node did not start")
+        for i in range(1, self._count):
+            self._start(f"--address={self.gcs}", f"--node-ip-address=127.0.0.{2 + i}")
+        eventually(lambda: len(self.nodes()) == self._count, 60, 0.5, "a node did not join")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in reversed(self._processes):
+            process.send_signal(signal.SIGTERM)
+        for process in self._processes:
+            process.wait(30)
+        shutil.rmtree(self._sockets, ignore_errors=True)
+
+    def deploy(self, settings: dict[str, Any]) -> None:
+        """`serve deploy`, with the file that `llm-engine config --serve` prints."""
+        told = serve_config(config.parse(settings, {}))
+        told["proxy_location"] = "HeadOnly"  # one machine has each port once
+        file = self._folder / "serve.yaml"
+        file.write_text(yaml.safe_dump(told))
+        done = subprocess.run(
+            [find_script("serve") or "serve", "deploy", str(file)],
+            env=self.environment, capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+
+    def client(self) -> httpx.Client:
+        headers = {"Authorization": f"Bearer {self.KEY}"}
+        return httpx.Client(base_url=self.url, headers=headers, timeout=30, trust_env=False)
+
+    def endpoints(self) -> dict[str, dict[str, Any]]:
+        """By name; empty while the gateway does not answer."""
+        try:
+            with self.client() as client:
+                answer = client.get("/v1/endpoints")
+        except httpx.HTTPError:
+            return {}
+        return {row["id"]: row for row in answer.json()["data"]} if answer.is_success else {}
+
+    def wait_ready(self, *names: str, timeout_s: float = 120) -> dict[str, dict[str, Any]]:
+        def ready() -> bool:
+            rows = self.endpoints()
+            return set(rows) == set(names) and all(
+                r["status"] == "READY" and r["replicas_ready"] == r["replicas_wanted"]
+                for r in rows.values()
+            )
+
+        eventually(ready, timeout_s, 0.5, f"not all ready: {self.endpoints()}")
+        return self.endpoints()
+
+    def applications(self) -> dict[str, Any]:
+        """The dashboard's own picture: applications, deployments, replicas."""
+        return self._get("/api/serve/applications/")["applications"]
+
+    def nodes(self) -> list[dict[str, Any]]:
+        answer = self._get("/nodes?view=summary")
+        return [n for n in answer["data"]["summary"] if n["raylet"].get("state") == "ALIVE"]
+
+    def _get(self, path: str) -> Any:
+        token = self.environment["RAY_AUTH_TOKEN"]
+        answer = httpx.get(
+            self.environment["RAY_DASHBOARD_ADDRESS"] + path,
+            headers={"Authorization": f"Bearer {token}"}, trust_env=False, timeout=30,
+        )  # fmt: skip
+        return answer.raise_for_status().json()
+
+    def _dashboard_answers(self) -> bool:
+        try:
+            return bool(self._get("/api/version"))
+        except httpx.HTTPError:
+            return False
+
+    def _start(self, *arguments: str) -> None:
+        command = [
+            find_script("ray") or "ray", "start", "--block", "--disable-usage-stats",
+            f"--num-cpus={self._cpus}", "--object-store-memory=80000000",
+            f"--dashboard-agent-listen-port={free_port()}",
+            "--min-worker-port=0", "--max-worker-port=0", *arguments,
+        ]  # fmt: skip
+        log = (self._folder / f"node{len(self._processes)}.log").open("wb")
+        with log:
+            self._processes.append(
+                subprocess.Popen(
+                    command, env=self.environment, stdout=log, stderr=log, start_new_session=True
+                )
+            )
