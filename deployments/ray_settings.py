@@ -6,6 +6,7 @@ it, and cluster.yaml puts it in front of `ray start`.
 
 import hashlib
 import os
+import shlex
 import shutil
 import stat
 import sys
@@ -77,3 +78,15 @@ def ray_folder(state_dir: Path) -> Path:
     if len(str(folder)) <= _LONGEST_RAY_FOLDER:
         return folder
     return socket_folder(state_dir) / "ray"
+
+
+def main() -> None:
+    """Print it for a node's shell: eval "$(python -m deployments.ray_settings)" && ray start ..."""
+    sockets = socket_folder(Path("~/.llm-engine").expanduser())
+    environment = serve_environment(sockets, metrics_port=9101, stats_port=8404)
+    for name, value in ({"RAY_AUTH_MODE": "token"} | environment).items():
+        print(f"export {name}={shlex.quote(value)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -160,7 +160,9 @@ def open_stream(gateway, body) -> socket.socket:
     content = json.dumps(body).encode()
     host, port = gateway.url.removeprefix("http://").split(":")
     connection = socket.create_connection((host, int(port)))
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n"
+    head = (
+        f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(content)}\r\n\r\n"
+    )
     connection.sendall(head.encode() + content)
     return connection
 
@@ -181,9 +183,7 @@ def test_a_dead_replica_is_replaced_unseen_before_the_first_byte():
     with GatewayThread([fake_endpoint("fake")], replicas=2) as gateway, gateway.client() as client:
         client.post("/v1/chat/completions", json=chat())  # a kept connection to be stale later
         os.kill(gateway.engines["fake"][0].pid, signal.SIGKILL)
-        statuses = [
-            client.post("/v1/chat/completions", json=chat()).status_code for _ in range(20)
-        ]
+        statuses = [client.post("/v1/chat/completions", json=chat()).status_code for _ in range(20)]
     assert statuses == [200] * 20
 
 
@@ -224,7 +224,9 @@ def test_metrics_count_requests_and_tokens_by_model(gateway):
     with gateway.client() as client:
         client.post("/v1/chat/completions", json=chat(stream=True))
         text = client.get("/metrics").text
-    assert 'llm_engine_requests_total{model="fake",path="/v1/chat/completions",status="200"}' in text
+    assert (
+        'llm_engine_requests_total{model="fake",path="/v1/chat/completions",status="200"}' in text
+    )
     assert 'llm_engine_time_to_first_token_seconds_count{model="fake"}' in text
     assert 'llm_engine_inter_token_latency_seconds_count{model="fake"}' in text
 
@@ -240,6 +242,7 @@ def test_many_concurrent_streams_all_end_well(gateway):
     from concurrent.futures import ThreadPoolExecutor
 
     with gateway.client(limits=httpx.Limits(max_connections=64)) as client:
+
         def one(_: int) -> bytes:
             answer = client.post("/v1/chat/completions", json=chat(stream=True, max_tokens=50))
             return answer.content

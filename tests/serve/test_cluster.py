@@ -105,7 +105,7 @@ def test_metrics_sum_over_ingress_replicas(cluster: Cluster):
         text = client.get("/metrics").text
     for metric in ("llm_engine_generated_tokens_total", "llm_engine_queue_waiting",
                    "llm_engine_time_to_first_token_seconds_bucket"):  # fmt: skip
-        assert f'{metric}{{' in text
+        assert f"{metric}{{" in text
 
 
 def test_health_needs_no_key(cluster: Cluster):

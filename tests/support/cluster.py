@@ -11,8 +11,8 @@ from collections.abc import Callable
 from typing import Any, Self
 
 import httpx
-from openai import AsyncOpenAI, OpenAI
 import psutil
+from openai import AsyncOpenAI, OpenAI
 
 from llm_engine import config
 
@@ -160,5 +160,3 @@ def _has_mark(process: psutil.Process) -> bool:
         return "LLM_ENGINE_INSTANCE" in process.environ()
     except psutil.Error:
         return False
-
-

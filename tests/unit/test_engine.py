@@ -1,4 +1,4 @@
-"""Engine processes: started, watched, explained, ended. On the fake engine; vLLM is in tests/serve."""
+"""Engine processes: started, watched, explained, ended. vLLM's own are in tests/serve."""
 
 import asyncio
 import os

@@ -1,0 +1,42 @@
+"""A configuration as a Ray Serve config file: what `serve deploy` puts on a cluster.
+
+Pure: plain data in, plain data out. API keys never go in; the nodes have them in their environment.
+"""
+
+from typing import Any
+
+from llm_engine.config import ENV_KEYS, Settings
+
+#: deployments.app.APP_NAME; a test compares the two.
+APPLICATION = "llm-engine"
+HEADER = f"""\
+# llm-engine on a Ray cluster: serve deploy FILE   (RAY_DASHBOARD_ADDRESS names the cluster)
+# API keys are not in here: give them to every node as {ENV_KEYS}=key1,key2, in the
+# environment of `ray start`.
+# To add or change a model, edit user_config.endpoints and deploy again: nothing else restarts.
+"""
+
+
+def serve_config(settings: Settings) -> dict[str, Any]:
+    gateway = settings.gateway
+    told = gateway.model_dump(mode="json", exclude_defaults=True, exclude={"api_keys"})
+    endpoints = [each.model_dump(mode="json", exclude_defaults=True) for each in settings.endpoints]
+    return {
+        "proxy_location": "EveryNode",
+        "http_options": {
+            # An address of this machine means nothing on the other nodes.
+            "host": gateway.host if gateway.is_loopback else "0.0.0.0",
+            "port": gateway.port,
+        },
+        "logging_config": {"enable_access_log": False},
+        "applications": [
+            {
+                "name": APPLICATION,
+                "route_prefix": "/",
+                "import_path": "deployments.app:build",
+                # Never empty: `build` would then look for a configuration file on the node.
+                "args": {"gateway": told},
+                "deployments": [{"name": "Controller", "user_config": {"endpoints": endpoints}}],
+            }
+        ],
+    }

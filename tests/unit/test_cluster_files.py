@@ -1,0 +1,49 @@
+"""serve.yaml and cluster.yaml are what Ray takes."""
+
+from pathlib import Path
+
+import yaml
+from ray.autoscaler._private.util import fillout_defaults, prepare_config, validate_config
+from ray.serve.schema import ServeDeploySchema
+
+from deployments.app import APP_NAME
+from llm_engine import config
+from llm_engine.config import EndpointSettings
+from llm_engine.serve_config import serve_config
+
+ROOT = Path(__file__).parents[2]
+
+
+def read(name: str) -> dict:
+    return yaml.safe_load((ROOT / name).read_text())
+
+
+def test_serve_yaml_is_what_the_command_line_prints_for_an_open_default():
+    printed = serve_config(config.parse({"gateway": {"host": "0.0.0.0"}}, {}))
+    written = read("serve.yaml")
+    ServeDeploySchema.model_validate(written)
+    assert written["applications"][0]["name"] == APP_NAME
+    assert endpoints(written) == endpoints(printed)
+    for each in (written, printed):
+        del each["applications"][0]["deployments"]
+    assert written == printed
+
+
+def endpoints(written: dict) -> list[EndpointSettings]:
+    [controller] = written["applications"][0]["deployments"]
+    return [EndpointSettings.model_validate(e) for e in controller["user_config"]["endpoints"]]
+
+
+def test_cluster_yaml_is_a_valid_launcher_file():
+    written = read("cluster.yaml")
+    validate_config(fillout_defaults(written))
+    prepared = prepare_config(written)
+    assert prepared["available_node_types"]["gpu_worker"]["resources"]["GPU"] > 0
+    assert prepared["head_node_type"] == "head"
+
+
+def test_cluster_yaml_starts_what_it_promises():
+    written = read("cluster.yaml")
+    start = " ".join(written["head_start_ray_commands"])
+    assert "serve deploy serve.yaml" in start
+    assert "deployments.ray_settings" in start and "--dashboard-host=127.0.0.1" in start

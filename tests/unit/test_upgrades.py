@@ -1,0 +1,50 @@
+"""What is used of Ray and vLLM beyond their public interfaces. An upgrade that moves it fails here.
+
+Read from source, so that no test pays for importing vLLM; tests/serve runs all of it for real.
+"""
+
+import ast
+import importlib.metadata
+import importlib.util
+from pathlib import Path
+
+import ray.serve._private.replica as serve_replica
+from ray.serve._private.client import ServeControllerClient
+from ray.serve.context import _get_global_client
+
+
+def functions(module: str) -> dict[str, list[str]]:
+    """The functions of a vLLM module, by name, with their parameters' names."""
+    root = Path(importlib.util.find_spec("vllm").origin).parent
+    path = root.joinpath(*module.split(".")[1:]).with_suffix(".py")
+    nodes = ast.walk(ast.parse(path.read_text()))
+    made = [n for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return {n.name: [a.arg for a in n.args.args + n.args.kwonlyargs] for n in made}
+
+
+def test_vllms_launcher():
+    entry = functions("vllm.entrypoints.launchers.api_server.entry")
+    assert entry["run_server_worker"][:3] == ["listen_address", "sock", "args"]
+    arguments = functions("vllm.entrypoints.launchers.cli_args")
+    assert arguments["make_arg_parser"] == ["parser"]
+    assert arguments["validate_parsed_serve_args"] == ["args"]
+    assert functions("vllm.entrypoints.launchers.launcher")["validate_api_server_args"] == ["args"]
+    assert "get_num_unfinished_requests" in functions("vllm.v1.engine.async_llm")
+
+
+def test_vllm_finds_our_plugins():
+    groups = {"vllm.general_plugins": "register", "vllm.stat_logger_plugins": "LoadLogger"}
+    for group, name in groups.items():
+        [entry] = [
+            e for e in importlib.metadata.entry_points(group=group) if e.name == "llm_engine"
+        ]
+        assert entry.attr == name
+
+
+def test_rays_grpc_port_is_opened_by_the_function_that_we_narrow():
+    source = Path(serve_replica.__file__).read_text()
+    assert 'add_port_to_grpc_server(self._server, "[::]:0")' in source
+
+
+def test_serve_tells_its_http_host():
+    assert callable(_get_global_client) and isinstance(ServeControllerClient.http_config, property)
