@@ -220,9 +220,18 @@ class EngineProcess(Engine):
     def _raise_if_dead(self) -> None:
         process = self._process
         if process is None or process.returncode is not None:
-            code = process.returncode if process else None
-            how = f"was killed by {_signal_name(-code)}" if code and code < 0 else f"ended ({code})"
-            raise EngineError(f"the engine process {how}: {self.why()}")
+            raise EngineError(self._how_it_died(process.returncode if process else None))
+
+    def _how_it_died(self, code: int | None) -> str:
+        cause = explain(list(self._output)) or self._failure
+        if code == -signal.SIGKILL:
+            # Nobody leaves a word in that case; the usual sender is the kernel.
+            return (
+                "the engine process was killed (SIGKILL), as the kernel does when memory runs out"
+            )
+        if code is not None and code < 0:
+            return f"the engine process was killed by {_signal_name(-code)}"
+        return f"the engine process ended: {cause or self._last_line()}"
 
     async def _drain_output(self) -> None:
         if self._reader is not None:

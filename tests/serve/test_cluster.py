@@ -94,6 +94,9 @@ def test_metrics_sum_over_ingress_replicas(cluster: Cluster):
             lines = client.get("/metrics").raise_for_status().text.splitlines()
         return sum(float(line.split()[-1]) for line in lines if line.startswith(name))
 
+    cluster.openai().chat.completions.create(
+        model="demo-chat", messages=LONG["messages"], stream=True, max_tokens=3
+    ).close()
     before = count()
     for _ in range(6):
         with cluster.client() as client:  # a connection of its own: another ingress may answer
@@ -115,8 +118,8 @@ def test_health_needs_no_key(cluster: Cluster):
 
 def test_a_killed_engine_costs_no_request_and_is_replaced(cluster: Cluster):
     engines = cluster.engines("demo-chat")
-    cores = [child for engine in engines for child in engine.children(recursive=True)]
     assert len(engines) == 2
+    cores = engines[0].children(recursive=True)
     statuses: list[int] = []
     stop = threading.Event()
 
@@ -138,7 +141,7 @@ def test_a_killed_engine_costs_no_request_and_is_replaced(cluster: Cluster):
     for thread in threads:
         thread.join()
     assert set(statuses) == {200}
-    eventually(lambda: not [c for c in cores if alive(c)], 5, what="it left a worker behind")
+    eventually(lambda: not [c for c in cores if alive(c)], 5, what=f"left behind: {cores}")
     eventually(lambda: len(replicas(cluster)) == 2, 90, 0.5, "the engine was not replaced")
 
 
@@ -159,3 +162,45 @@ def test_an_engine_core_that_dies_is_noticed(cluster: Cluster):
     client = cluster.openai()
     for _ in range(4):
         client.completions.create(model="demo-chat", prompt="One", max_tokens=3)
+
+
+def replica_pids(cluster: Cluster, deployment: str) -> list[int]:
+    title = f"ray::ServeReplica:llm-engine:{deployment}"
+    return [p.pid for p in cluster.processes() if " ".join(p.cmdline()).startswith(title)]
+
+
+@pytest.mark.parametrize("deployment", ["ModelRouter", "Controller"])
+def test_requests_go_on_while_a_part_that_they_do_not_need_is_gone(cluster: Cluster, deployment):
+    eventually(lambda: len(replicas(cluster)) == 2, 90, 0.5)
+    before = {r["replica"] for r in replicas(cluster)}
+    [killed] = replica_pids(cluster, deployment)
+    os.kill(killed, signal.SIGKILL)
+    with cluster.client() as client:
+        body = {"model": "demo-chat", "prompt": "One", "max_tokens": 3}
+        statuses = [client.post("/v1/completions", json=body).status_code for _ in range(30)]
+    assert statuses == [200] * 30
+    eventually(lambda: set(replica_pids(cluster, deployment)) - {killed}, 60, 0.5)
+
+    def as_before() -> bool:
+        with cluster.client() as client:
+            answer = client.get("/v1/endpoints/demo-chat")
+        return (
+            answer.is_success
+            and answer.json()["status"] == "READY"
+            and {r["replica"] for r in answer.json()["replicas"]} == before
+        )
+
+    eventually(as_before, 60, 0.5, "the engines were restarted, or their state was lost")
+
+
+def test_a_killed_ingress_replica_is_replaced(cluster: Cluster):
+    os.kill(replica_pids(cluster, "Ingress")[0], signal.SIGKILL)
+
+    def steady() -> bool:
+        try:
+            with cluster.client() as client:
+                return all(client.get("/v1/models").is_success for _ in range(20))
+        except httpx.HTTPError:
+            return False
+
+    eventually(steady, 30, 0.2, "requests still reach the dead replica")
