@@ -4,6 +4,7 @@ The only writer of endpoint status. Serve calls here are blocking, so they run i
 """
 
 import asyncio
+import contextlib
 import hashlib
 import logging
 import re
@@ -26,7 +27,10 @@ from llm_engine.statuses import EndpointState
 logger = logging.getLogger("ray.serve")
 
 PREFIX = "endpoint-"
-PERIOD_S = 0.5
+#: Between two looks at the cluster, each some 15 ms of CPU: while something is on its way, and
+#: while all is as it should be.
+BUSY_PERIOD_S = 0.5
+QUIET_PERIOD_S = 2.0
 #: An application found running waits this long for its replicas to say which version they are.
 ADOPTION_S = 30.0
 GIVEN_UP = (ApplicationStatus.DEPLOY_FAILED, ApplicationStatus.UNHEALTHY)
@@ -38,32 +42,42 @@ class Controller:
         replica.prepare()
         self._router = router
         self._gateway = serve.get_replica_context().app_name
-        self._wanted: dict[str, EndpointSettings] = {}  # until Serve calls `reconfigure`
+        self._wanted: dict[str, EndpointSettings] = {}
+        self._told = asyncio.Event()  # what is wanted: before that, nothing may be deleted
         self._deployed: dict[str, str] = {}  # endpoint -> generation
         self._created: dict[str, int] = {}
         self._reports: dict[str, list[ReplicaReport]] = {}
         self._states: dict[str, EndpointState] = {}
         self._began = time.monotonic()
+        self._hurry = asyncio.Event()
         self._loop = asyncio.get_event_loop().create_task(self._run())
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """A changed set of endpoints, without restarting anything but what changed."""
         endpoints = [EndpointSettings.model_validate(raw) for raw in user_config["endpoints"]]
         self._wanted = {endpoint.name: endpoint for endpoint in endpoints}
+        self._told.set()
+        self._hurry.set()
 
     async def check_health(self) -> None:
         if self._loop.done():
             raise RuntimeError("the controller's loop ended")
 
     async def _run(self) -> None:
+        await self._told.wait()
         while True:
+            quiet = False
+            self._hurry.clear()
             try:
-                await self._reconcile()
+                quiet = await self._reconcile()
             except Exception:
                 logger.exception("reconciling failed; trying again")
-            await asyncio.sleep(PERIOD_S)
+            with contextlib.suppress(TimeoutError):
+                period = QUIET_PERIOD_S if quiet else BUSY_PERIOD_S
+                await asyncio.wait_for(self._hurry.wait(), period)
 
-    async def _reconcile(self) -> None:
+    async def _reconcile(self) -> bool:
+        """One look at the cluster. True when every endpoint has what it wants."""
         status = await asyncio.to_thread(serve.status)
         applications = status.applications
         resources = await asyncio.to_thread(ray.cluster_resources)
@@ -81,6 +95,10 @@ class Controller:
         for report in reports:
             grouped[report.endpoint].append(report)
         self._reports = grouped
+        return all(
+            status.state is EndpointState.READY and status.replicas_ready >= status.replicas_wanted
+            for status in statuses
+        )
 
     async def _deploy_if_changed(
         self,

@@ -1,0 +1,79 @@
+"""How the command line prints: two Rich consoles, colours of states, durations, tables.
+
+Text from outside (models, error messages) is never read as Rich markup.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+PIPE_WIDTH = 160  # columns where there is no terminal to measure
+STYLES = {
+    "READY": "green",
+    "UPDATE_FAILED": "red",
+    "UPDATE_PENDING": "dim",
+    "UPDATE_IN_PROGRESS": "yellow",
+    "DELETE_IN_PROGRESS": "yellow",
+    "ok": "green",
+    "warn": "yellow",
+    "fail": "red",
+}
+#: Control characters but newline and tab: what a model says must not steer the terminal.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def console(*, stderr: bool = False) -> "Console":
+    from rich.console import Console
+
+    stream = sys.stderr if stderr else sys.stdout
+    measured = stream.isatty() or "COLUMNS" in os.environ
+    width = None if measured else PIPE_WIDTH
+    return Console(stderr=stderr, markup=False, highlight=False, emoji=False, width=width)
+
+
+def say(text: str, style: str = "", *, stderr: bool = False) -> None:
+    """One line, wrapped by the terminal and not by us, so that it can be copied."""
+    console(stderr=stderr).print(text, style=style, soft_wrap=True)
+
+
+def complain(text: str) -> None:
+    say(f"llm-engine: {text}", "red", stderr=True)
+
+
+def table(columns: Iterable[str]) -> "Table":
+    from rich import box
+    from rich.table import Table
+
+    built = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    for column in columns:
+        built.add_column(column, overflow="fold")
+    return built
+
+
+def coloured(word: str) -> object:
+    from rich.text import Text
+
+    return Text(word, style=STYLES.get(word, ""))
+
+
+def plain(text: str) -> str:
+    """Text without what a terminal would obey."""
+    return _CONTROL.sub("", text)
+
+
+def duration(seconds: float) -> str:
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB"

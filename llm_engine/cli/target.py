@@ -1,0 +1,68 @@
+"""Which configuration, address and key a command uses.
+
+Precedence, first that is there wins:
+    configuration   --config, LLM_ENGINE_CONFIG, ./llm-engine.yaml, the built-in defaults
+    address         --url, LLM_ENGINE_URL, what `up` wrote to up.json, gateway.host and .port
+    key             --api-key, LLM_ENGINE_API_KEY, LLM_ENGINE_API_KEYS (its first), gateway.api_keys
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm_engine.cli.running import find_running
+
+if TYPE_CHECKING:
+    from llm_engine.config import Settings
+
+ENV_CONFIG = "LLM_ENGINE_CONFIG"
+ENV_KEY = "LLM_ENGINE_API_KEY"
+ENV_KEYS = "LLM_ENGINE_API_KEYS"
+ENV_URL = "LLM_ENGINE_URL"
+DEFAULT_FILE = "llm-engine.yaml"
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Whom a client command talks to."""
+
+    url: str
+    key: str | None
+    starting: bool = False  # an `up` is on its way there
+
+
+def config_path(given: Path | None) -> Path | None:
+    """Where the configuration comes from; None means the built-in defaults."""
+    if given is not None:
+        return given
+    if named := os.environ.get(ENV_CONFIG):
+        return Path(named)
+    return Path(DEFAULT_FILE) if Path(DEFAULT_FILE).is_file() else None
+
+
+def load_settings(given: Path | None) -> "Settings":
+    from llm_engine import config
+
+    return config.load(config_path(given))
+
+
+def find_target(url: str | None, key: str | None, given: Path | None) -> Target:
+    """Raises ConfigError only where the configuration is really needed."""
+    environ = os.environ
+    extra = [part.strip() for part in environ.get(ENV_KEYS, "").split(",")]
+    key = key or environ.get(ENV_KEY) or next(filter(None, extra), None)
+    url = url or environ.get(ENV_URL)
+    if url is not None:  # a configured key is not sent to just any address
+        url = url if "://" in url else f"http://{url}"
+        return Target(url.rstrip("/").removesuffix("/v1"), key)
+    settings = load_settings(given)
+    gateway = settings.gateway
+    if key is None and gateway.api_keys:
+        key = gateway.api_keys[0].get_secret_value()
+    running = find_running(settings.cluster.state_dir)
+    if running is not None and running.address:
+        return Target(running.address.rstrip("/"), key)
+    host = "127.0.0.1" if gateway.host in ("0.0.0.0", "::") else gateway.host
+    host = f"[{host}]" if ":" in host else host
+    return Target(f"http://{host}:{gateway.port}", key, starting=running is not None)
