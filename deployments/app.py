@@ -21,6 +21,7 @@ from deployments.ingress import Ingress
 from deployments.router import ModelRouter
 from llm_engine import config
 from llm_engine.config import ENV_CONFIG, Settings
+from llm_engine.errors import ConfigError
 
 APP_NAME = "llm-engine"
 
@@ -36,6 +37,8 @@ def build(args: dict[str, Any]) -> serve.Application:
         ray_actor_options={"num_cpus": gateway.num_cpus},
         # Room to spare: the gateway itself says no first, in OpenAI's words.
         max_ongoing_requests=2 * gateway.max_in_flight,
+        graceful_shutdown_timeout_s=gateway.drain_timeout_s,
+        max_surge_percent=100,  # a new ingress takes over before the old one goes
         autoscaling_config={
             "min_replicas": gateway.min_replicas,
             "max_replicas": gateway.max_replicas,
@@ -48,6 +51,8 @@ def settings_from(args: dict[str, Any]) -> Settings:
     args = dict(args)
     path = args.pop("config", None) or (None if args else os.environ.get(ENV_CONFIG))
     if path is not None:
+        if args:
+            raise ConfigError(f"next to `config` there can be no {', '.join(map(repr, args))}")
         return config.load(path)
     return config.parse(args, dict(os.environ))
 

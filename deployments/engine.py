@@ -27,6 +27,8 @@ logger = logging.getLogger("ray.serve")
 QUEUE_DEPTH = "queue_depth"
 #: After its last report says DRAINING, ingress replicas may still send for as long as this.
 FAREWELL_S = 1.0
+#: Probes of an engine's load that may fail in a row before it is taken for hung.
+MOST_MISSED = 10
 #: Serve kills a replica that drains longer than its endpoint allows by so much.
 SHUTDOWN_MARGIN_S = 20
 
@@ -44,14 +46,17 @@ class EngineReplica:
             generation=generation,
             state=ReplicaState.STARTING,
         )
+        self._missed = 0
         self._reporting = asyncio.create_task(self._keep_reporting())
         try:
             address = await self._engine.start()
-        except EngineError as error:
-            await self._tell(state=ReplicaState.FAILED, reason=str(error))
+        except Exception as error:
+            known = isinstance(error, EngineError)
+            reason = str(error) if known else f"{type(error).__name__}: {error}"
+            await self._tell(state=ReplicaState.FAILED, reason=reason)
             self._reporting.cancel()
             # Without `from None` Serve would show a user two tracebacks before the cause.
-            raise RuntimeError(str(error)) from None
+            raise RuntimeError(reason) from None
         await self._tell(
             state=ReplicaState.READY,
             host=address.host,
@@ -61,7 +66,11 @@ class EngineReplica:
         )
 
     async def check_health(self) -> None:
-        """Serve calls it every few seconds and replaces a replica that raises."""
+        """Serve calls it every second and replaces a replica that raises."""
+        if self._report.state is ReplicaState.FAILED:
+            raise RuntimeError(self._report.reason)
+        if self._reporting.done():
+            raise RuntimeError("it no longer reports to the router")
         await self._engine.check_health()
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
@@ -79,11 +88,13 @@ class EngineReplica:
         await self._tell(state=ReplicaState.DRAINING)
         await asyncio.sleep(FAREWELL_S)
         end = time.monotonic() + self._settings.drain_timeout_s
+        idle = 0
         while time.monotonic() < end:
             try:
-                if (await self._engine.load()).depth == 0:
-                    return
+                idle = idle + 1 if (await self._engine.load()).depth == 0 else 0
             except EngineError:
+                return
+            if idle == 3:  # the last answer's bytes have left the engine's HTTP server, too
                 return
             await asyncio.sleep(0.2)
         logger.warning("drain_timeout_s is over; the requests still running are cut")
@@ -97,10 +108,15 @@ class EngineReplica:
             await asyncio.sleep(interval)
 
     async def _observe(self) -> None:
+        """One probe that fails may be a busy moment; a dead process, or many in a row, is not."""
         try:
             self._report = replace(self._report, load=await self._engine.load())
-        except EngineError as error:
-            if self._report.state is ReplicaState.READY:
+            self._missed = 0
+        except Exception as error:
+            self._missed += 1
+            logger.warning("probe %s of %s failed: %s", self._missed, self._settings.name, error)
+            gone = not self._engine.alive or self._missed >= MOST_MISSED
+            if gone and self._report.state is ReplicaState.READY:
                 logger.error("the engine of %s failed: %s", self._settings.name, error)
                 self._report = replace(self._report, state=ReplicaState.FAILED, reason=str(error))
 
@@ -130,9 +146,7 @@ def build_endpoint(
     settings: EndpointSettings, generation: str, gateway: str, cluster_has_gpus: bool
 ) -> serve.Application:
     """The Serve application of one endpoint."""
-    gpus = replica_gpus(settings, cluster_has_gpus)
-    parallel = settings.tensor_parallel_size
-    cpus = settings.num_cpus * (parallel if gpus == 0 else 1)
+    gpus, cpus = replica_resources(settings, cluster_has_gpus)
     options: dict[str, Any] = {
         "ray_actor_options": {"num_cpus": cpus, "num_gpus": gpus},
         "health_check_period_s": 1,
@@ -140,8 +154,9 @@ def build_endpoint(
         "graceful_shutdown_wait_loop_s": 0.1,
         "graceful_shutdown_timeout_s": settings.drain_timeout_s + SHUTDOWN_MARGIN_S,
         "max_constructor_retry_count": 2,
+        "max_surge_percent": settings.max_surge_percent,
     }
-    if parallel > 1:
+    if settings.tensor_parallel_size > 1:
         # All ranks of an engine in one bundle: on one node, taken together or not at all.
         bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
         options["placement_group_bundles"] = [bundle]
@@ -163,8 +178,10 @@ def build_endpoint(
     return EngineReplica.options(**options).bind(settings, generation, gateway)
 
 
-def replica_gpus(settings: EndpointSettings, cluster_has_gpus: bool) -> float:
-    if settings.num_gpus is not None:
-        return settings.num_gpus
-    needs = settings.engine == "vllm" and cluster_has_gpus
-    return settings.tensor_parallel_size if needs else 0
+def replica_resources(settings: EndpointSettings, cluster_has_gpus: bool) -> tuple[float, float]:
+    """GPUs and CPUs of one replica. Without GPUs every rank of its engine works on CPUs."""
+    ranks = settings.tensor_parallel_size
+    gpus = settings.num_gpus
+    if gpus is None:
+        gpus = ranks if settings.engine == "vllm" and cluster_has_gpus else 0
+    return gpus, settings.num_cpus * (1 if gpus else ranks)

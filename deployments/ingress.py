@@ -10,6 +10,8 @@ from ray.serve.handle import DeploymentHandle
 from deployments import replica
 from llm_engine.api.app import Gateway, build_app
 from llm_engine.config import Settings
+from llm_engine.errors import Unavailable
+from llm_engine.records import RoutingTable
 from llm_engine.routing import Balancer
 from llm_engine.services import Services
 
@@ -17,6 +19,7 @@ logger = logging.getLogger("ray.serve")
 
 RETRY_S = 0.5
 CALL_TIMEOUT_S = 30.0
+FIRST_TABLE_TRIES = 10
 
 
 @serve.deployment
@@ -37,7 +40,7 @@ class Ingress:
             tell_request_id=False,
         )
         # The first picture is awaited: a gateway that is up knows its endpoints.
-        self._services.balancer.update(await self._next_table())
+        self._services.balancer.update(await self._first_table())
         self._following = asyncio.create_task(self._follow())
 
     def __serve_build_asgi_app__(self) -> Gateway:
@@ -56,15 +59,34 @@ class Ingress:
                 logger.warning("the router does not answer, going on with what is known: %s", error)
                 await asyncio.sleep(RETRY_S)
 
-    async def _next_table(self) -> Any:
+    async def _first_table(self) -> RoutingTable:
+        for _ in range(FIRST_TABLE_TRIES):
+            try:
+                return await self._next_table()
+            except Exception as error:
+                logger.warning("the router has no picture yet: %s", error)
+                await asyncio.sleep(RETRY_S)
+        return await self._next_table()
+
+    async def _next_table(self) -> RoutingTable:
         known = self._services.balancer.table.version
         samples = self._services.metrics.samples()
         call = self._router.watch.remote(known, self._name, samples)
         return await asyncio.wait_for(call, CALL_TIMEOUT_S)
 
     async def _all_metrics(self) -> bytes | None:
-        samples = self._services.metrics.samples()
-        return await asyncio.wait_for(self._router.metrics.remote(self._name, samples), 5)
+        return await self._ask_router("metrics", self._name, self._services.metrics.samples())
 
     async def _describe_replicas(self) -> list[dict[str, Any]]:
-        return await asyncio.wait_for(self._router.describe.remote(), 5)
+        return await self._ask_router("describe")
+
+    async def _ask_router(self, method: str, *args: Any) -> Any:
+        try:
+            return await asyncio.wait_for(getattr(self._router, method).remote(*args), 5)
+        except Exception as error:
+            logger.warning("the router does not answer a %s: %s", method, error)
+            raise Unavailable(
+                "The router is restarting, so this cannot be told now. Models answer meanwhile.",
+                code="router_restarting",
+                retry_after=self._services.settings.gateway.retry_after_s,
+            ) from None

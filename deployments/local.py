@@ -5,6 +5,7 @@ object a line, {"event": ..., ...}. Ends on SIGTERM, SIGINT, or when stdin close
 """
 
 import argparse
+import contextlib
 import json
 import os
 import secrets
@@ -54,7 +55,8 @@ class LocalCluster:
     def _environment(self) -> dict[str, str]:
         """For Ray's processes, and for whoever talks to them."""
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        environment = dict(os.environ) | serve_environment(
+        environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+        environment |= serve_environment(
             socket_folder(self.folder), metrics_port=free_port(), stats_port=free_port()
         )
         environment |= ray_auth(self.folder)
@@ -69,8 +71,8 @@ class LocalCluster:
         environment.pop("PYTHONDONTWRITEBYTECODE", None)  # workers would compile everything anew
         return environment
 
-    def start(self) -> None:
-        """Raises StartupError with what to do."""
+    def start(self, stop: threading.Event) -> None:
+        """Raises StartupError with what to do. Returns early once `stop` is set."""
         check_port(self._settings.gateway.host, self._settings.gateway.port, "gateway.port")
         check_port("127.0.0.1", self._cluster.dashboard_port, "cluster.dashboard_port")
         check_port("127.0.0.1", self.ray_port, "cluster.ray_port")
@@ -98,7 +100,7 @@ class LocalCluster:
         self._process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=log, start_new_session=True
         )
-        self._wait_for_dashboard(environment)
+        self._wait_for_dashboard(environment, stop)
 
     def stop(self) -> None:
         """End Ray and all that ran on it; nothing of this instance is left."""
@@ -116,14 +118,19 @@ class LocalCluster:
             kill(pid, signal.SIGKILL)
         shutil.rmtree(socket_folder(self.folder), ignore_errors=True)
 
-    def _wait_for_dashboard(self, environment: dict[str, str]) -> None:
+    def check_alive(self) -> None:
+        """Raises StartupError once Ray has ended by itself."""
+        if self._process is None or self._process.poll() is not None:
+            raise StartupError(f"Ray has ended: {self._last_words()}")
+
+    def _wait_for_dashboard(self, environment: dict[str, str], stop: threading.Event) -> None:
         token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
         url = f"http://127.0.0.1:{self._cluster.dashboard_port}/api/version"
 
         def up() -> bool:
-            assert self._process is not None
-            if self._process.poll() is not None:
-                raise StartupError(f"Ray did not start: {self._last_words()}")
+            self.check_alive()
+            if stop.is_set():
+                return True
             try:
                 answer = httpx.get(
                     url, headers={"Authorization": f"Bearer {token}"}, trust_env=False
@@ -152,23 +159,30 @@ def ray_auth(folder: Path) -> dict[str, str]:
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
 
 
-def deploy(settings: Settings, environment: dict[str, str], ray_port: int) -> None:
-    """Put the gateway on the Ray that `LocalCluster` started; returns when it answers."""
-    done = subprocess.run(
-        [sys.executable, "-m", "deployments.deploy", f"127.0.0.1:{ray_port}"],
-        input=json.dumps(config.dump(settings, reveal=True)).encode() + b"\n",
-        env=environment,
-        capture_output=True,
-        timeout=GATEWAY_TIMEOUT_S,
-        start_new_session=True,  # Ctrl-C is for us to handle
-    )
-    if done.returncode != 0:
-        (settings.cluster.state_dir / "deploy.log").write_bytes(done.stderr)
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["it said nothing"]
-        raise StartupError(
-            f"the gateway did not start: {lines[-1]} "
-            f"(see {settings.cluster.state_dir / 'deploy.log'})"
+def deploy(settings: Settings, cluster: LocalCluster, stop: threading.Event) -> None:
+    """Put the gateway on the Ray that `cluster` started; returns when it answers, or at `stop`."""
+    log = settings.cluster.state_dir / "deploy.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "deployments.deploy", f"127.0.0.1:{cluster.ray_port}"],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=output,
+            env=cluster.environment,
+            start_new_session=True,  # Ctrl-C is for us to handle
         )
+    assert process.stdin is not None
+    with process.stdin as stdin:
+        stdin.write(json.dumps(config.dump(settings, reveal=True)).encode() + b"\n")
+    ended = wait_until(lambda: process.poll() is not None or stop.is_set(), GATEWAY_TIMEOUT_S)
+    if stop.is_set() or not ended:
+        process.kill()
+        process.wait()
+    if not ended:
+        raise StartupError(f"the gateway did not answer within {GATEWAY_TIMEOUT_S} s (see {log})")
+    if process.returncode != 0 and not stop.is_set():
+        lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
+        raise StartupError(f"the gateway did not start: {lines[-1]} (see {log})")
 
 
 def gateway_client(settings: Settings) -> httpx.Client:
@@ -181,12 +195,13 @@ def gateway_client(settings: Settings) -> httpx.Client:
     )
 
 
-def watch_endpoints(settings: Settings, stop: threading.Event) -> None:
+def watch_endpoints(settings: Settings, cluster: LocalCluster, stop: threading.Event) -> None:
     """Tell every change of an endpoint's state, and once that all have settled."""
     told: dict[str, tuple[str, str | None]] = {}
     settled = not settings.endpoints
     with gateway_client(settings) as client:
-        while not stop.wait(0.3):
+        while not stop.wait(1.0 if settled else 0.3):
+            cluster.check_alive()
             try:
                 rows = client.get("/v1/endpoints").raise_for_status().json()["data"]
             except httpx.HTTPError:
@@ -208,12 +223,12 @@ def run(settings: Settings, stop: threading.Event) -> None:
     cluster = LocalCluster(settings)
     try:
         tell("step", name="Ray")
-        cluster.start()
+        cluster.start(stop)
         dashboard = f"http://127.0.0.1:{settings.cluster.dashboard_port}"
         tell("step", name="gateway", dashboard=dashboard)
+        deploy(settings, cluster, stop)
         if stop.is_set():
             return
-        deploy(settings, cluster.environment, cluster.ray_port)
         with gateway_client(settings) as client:
             url = str(client.base_url)
         (cluster.folder / "up.json").write_text(
@@ -227,10 +242,11 @@ def run(settings: Settings, stop: threading.Event) -> None:
             )
         )
         tell("step", name="models", address=url)
-        watch_endpoints(settings, stop)
+        watch_endpoints(settings, cluster, stop)
     finally:
-        tell("stopping")
         (cluster.folder / "up.json").unlink(missing_ok=True)
+        with contextlib.suppress(BrokenPipeError):
+            tell("stopping")
         cluster.stop()
         tell("stopped")
 

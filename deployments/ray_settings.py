@@ -1,7 +1,7 @@
 """The environment that Ray's processes need before they start, in one place.
 
-`llm-engine up` gives it to the Ray it starts; for any other cluster `llm-engine ray-env` prints
-it, and cluster.yaml puts it in front of `ray start`.
+`llm-engine up` gives it to the Ray it starts; for any other cluster `python -m
+deployments.ray_settings` prints it, as cluster.yaml does in front of `ray start`.
 """
 
 import hashlib

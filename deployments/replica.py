@@ -28,7 +28,7 @@ def share_log_handlers() -> None:
 def keep_grpc_on_loopback() -> None:
     """Serve opens a gRPC port per replica on every interface, with no setting for it.
 
-    Private, so: it is here only, and tests/serve/test_loopback.py looks at the sockets. The port
+    Private, so: it is here only, and tests/serve/test_cluster.py looks at the sockets. The port
     opens after the constructor has run.
     """
     original = serve_replica.add_port_to_grpc_server
@@ -47,5 +47,15 @@ def check_exposure(settings: Settings) -> None:
     """
     client = _get_global_client()
     host = client.http_config.host if client is not None else None
-    gateway = settings.gateway.model_copy(update={"host": host or "0.0.0.0"})
-    settings.model_copy(update={"gateway": gateway}).check_exposure()
+    actual = settings.gateway.model_copy(update={"host": host or "0.0.0.0"})
+    settings.model_copy(update={"gateway": actual}).check_exposure()
+    if client is not None and (host, client.http_config.port) != (
+        settings.gateway.host,
+        settings.gateway.port,
+    ):
+        logging.getLogger("ray.serve").warning(
+            "Ray Serve listens on %s:%s, not where gateway.host and gateway.port say: another "
+            "command started it",
+            host,
+            client.http_config.port,
+        )

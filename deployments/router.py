@@ -25,8 +25,12 @@ REPORTS_PER_S = 50
 WATCH_S = 10.0
 #: Loads change with every request; the picture is redrawn for them at most this often.
 LOAD_REFRESH_S = 0.25
+#: A router that has just started gives every replica this long to report before it tells anyone.
+HEARING_S = 1.5
 #: Silent for so many of its intervals, a replica is taken for dead.
 MISSED_REPORTS = 6
+#: Replicas that were forgotten and might come back; older ones are only a sum.
+MOST_GONE = 1000
 
 
 @serve.deployment(num_replicas=1, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0})
@@ -36,11 +40,14 @@ class ModelRouter:
         self._reports: dict[str, ReplicaReport] = {}
         self._heard: dict[str, float] = {}
         self._endpoints: dict[str, EndpointStatus] = {}
+        self._endpoints_at: float | None = None  # when the controller was first heard
         self._table = RoutingTable(version=time.time_ns())  # ahead of any earlier router's
         self._changed = asyncio.Event()
+        self._informed = asyncio.Event()  # both the controller and the replicas have been heard
         self._dirty = False
         self._merger = Merger()
         self._ingresses: dict[str, float] = {}
+        self._gone: dict[str, ReplicaReport] = {}
         self._past_tokens: dict[str, Load] = defaultdict(Load)
         self._housekeeping: asyncio.Task[None] | None = None
 
@@ -50,6 +57,7 @@ class ModelRouter:
         before = self._reports.get(report.replica)
         self._reports[report.replica] = report
         self._heard[report.replica] = time.monotonic()
+        self._gone.pop(report.replica, None)
         if before is None or replace(before, load=report.load) != report:
             self._redraw()
         elif before.load != report.load:
@@ -64,6 +72,8 @@ class ModelRouter:
     async def set_endpoints(self, endpoints: list[EndpointStatus]) -> list[ReplicaReport]:
         """The controller's word on each endpoint. Returns what is known of the replicas."""
         self._start_housekeeping()
+        if self._endpoints_at is None:
+            self._endpoints_at = time.monotonic()
         fresh = {endpoint.name: endpoint for endpoint in endpoints}
         if fresh != self._endpoints:
             self._endpoints = fresh
@@ -73,11 +83,13 @@ class ModelRouter:
     async def watch(self, known: int, ingress: str, samples: Samples) -> RoutingTable:
         """The next picture after version `known`, or the same one after WATCH_S.
 
-        Takes along what the ingress replica has counted.
+        Takes along what the ingress replica has counted. Raises TimeoutError while this router
+        knows too little: an empty picture would make an ingress forget its good one.
         """
         self._start_housekeeping()
         self._merger.put(ingress, samples)
         self._ingresses[ingress] = time.monotonic()
+        await asyncio.wait_for(self._informed.wait(), WATCH_S)
         if self._table.version == known:
             try:
                 await asyncio.wait_for(self._changed.wait(), WATCH_S)
@@ -124,6 +136,8 @@ class ModelRouter:
         while True:
             await asyncio.sleep(LOAD_REFRESH_S)
             now = time.monotonic()
+            if self._endpoints_at is not None and now - self._endpoints_at > HEARING_S:
+                self._informed.set()
             limit = MISSED_REPORTS * self._interval()
             silent = [name for name, at in self._heard.items() if now - at > limit]
             for name in silent:
@@ -135,16 +149,24 @@ class ModelRouter:
                 self._redraw()
 
     def _forget(self, replica: str) -> None:
+        """A replica that was only silent for a while must not be counted twice when it is back."""
         report = self._reports.pop(replica, None)
         self._heard.pop(replica, None)
         if report is not None:
-            past = self._past_tokens[report.endpoint]
-            self._past_tokens[report.endpoint] = _add_counters(past, report.load)
+            self._gone[replica] = report
+            while len(self._gone) > MOST_GONE:
+                oldest = next(iter(self._gone))
+                lost = self._gone.pop(oldest)
+                past = self._past_tokens[lost.endpoint]
+                self._past_tokens[lost.endpoint] = _add_counters(past, lost.load)
 
     def _engine_totals(self) -> dict[str, EngineTotals]:
         totals = {}
         for name in self._endpoints:
             load = self._past_tokens[name]
+            for gone in self._gone.values():
+                if gone.endpoint == name:
+                    load = _add_counters(load, gone.load)
             ready = [
                 r
                 for r in self._reports.values()

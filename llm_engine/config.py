@@ -27,6 +27,7 @@ BUILTIN = {
     "embed": Path(__file__).parent / "demo" / "embed",
 }
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+MASK = "**********"
 ENV_KEYS = "LLM_ENGINE_API_KEYS"
 ENV_CONFIG = "LLM_ENGINE_CONFIG"
 
@@ -42,7 +43,7 @@ class GatewaySettings(Section):
         "127.0.0.1",
         description="Where HTTP listens. Anything but loopback needs an API key.",
     )
-    port: int = Field(8000, ge=1, le=65535)
+    port: int = Field(8000, ge=1, le=65535, description="Where HTTP listens.")
     api_keys: tuple[SecretStr, ...] = Field(
         (),
         description=f"Bearer keys; {ENV_KEYS} (comma-separated) adds to them. None: no key asked.",
@@ -58,12 +59,22 @@ class GatewaySettings(Section):
     max_in_flight: int = Field(
         2048, ge=1, description="Requests one ingress replica carries; more get 429."
     )
-    min_replicas: int = Field(1, ge=1)
-    max_replicas: int = Field(4, ge=1)
+    min_replicas: int = Field(1, ge=1, description="Ingress replicas, at least.")
+    max_replicas: int = Field(4, ge=1, description="Ingress replicas, at most.")
     target_in_flight: int = Field(
         128, ge=1, description="Requests in flight per ingress replica that autoscaling aims at."
     )
     num_cpus: float = Field(0.1, ge=0, description="Ray CPUs an ingress replica reserves.")
+    drain_timeout_s: float = Field(
+        300, ge=0, description="Longest wait for running answers when an ingress stops. Seconds."
+    )
+
+    @field_validator("api_keys")
+    @classmethod
+    def _real_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        if any(key.get_secret_value() in ("", MASK) for key in keys):
+            raise ValueError("an empty or masked key is no key; put the real one")
+        return keys
 
     @property
     def is_loopback(self) -> bool:
@@ -71,13 +82,17 @@ class GatewaySettings(Section):
 
 
 class AutoscalingSettings(Section):
-    min_replicas: int = Field(1, ge=1)
-    max_replicas: int = Field(1, ge=1)
+    min_replicas: int = Field(1, ge=1, description="Engine replicas, at least.")
+    max_replicas: int = Field(1, ge=1, description="Engine replicas, at most.")
     target_queue_depth: float = Field(
         16, gt=0, description="Requests running and waiting in an engine that autoscaling aims at."
     )
-    upscale_delay_s: float = Field(5, ge=0)
-    downscale_delay_s: float = Field(120, ge=0)
+    upscale_delay_s: float = Field(
+        5, ge=0, description="How long the queues must be longer before replicas are added. Seconds."
+    )
+    downscale_delay_s: float = Field(
+        120, ge=0, description="How long they must be shorter before replicas go. Seconds."
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:
@@ -98,7 +113,9 @@ class EndpointSettings(Section):
     model: str = Field(
         min_length=1, description="builtin:chat, builtin:embed, a folder, or a Hugging Face id."
     )
-    task: Literal["generate", "embed"] = "generate"
+    task: Literal["generate", "embed"] = Field(
+        "generate", description="`generate` text, or `embed` it as vectors."
+    )
     engine: Literal["vllm", "fake"] = Field(
         "vllm", description="`fake` has no weights: it is for overhead measurements and tests."
     )
@@ -107,9 +124,13 @@ class EndpointSettings(Section):
         description="vLLM's own engine and server arguments, by long name: {max_model_len: 4096}.",
     )
     env: dict[str, str] = Field(
-        default_factory=dict, description="Environment variables of the engine process."
+        default_factory=dict,
+        description="Environment variables of the engine process. Not for secrets (HF_TOKEN): Ray "
+        "Serve shows them to operators; put those into the nodes' environment, which engines get.",
     )
-    autoscaling: AutoscalingSettings = AutoscalingSettings()
+    autoscaling: AutoscalingSettings = Field(
+        AutoscalingSettings(), description="How many replicas, by the engines' own queues."
+    )
     max_queue: int = Field(
         256, ge=1, description="Requests a replica holds, running and waiting; more get 429."
     )
@@ -117,6 +138,13 @@ class EndpointSettings(Section):
         None, ge=0, description="Per replica. Unset: tensor_parallel_size on GPU nodes, else 0."
     )
     num_cpus: float = Field(0.5, gt=0, description="Ray CPUs a replica reserves.")
+    max_surge_percent: int = Field(
+        100,
+        ge=0,
+        le=100,
+        description="New replicas that start before old ones stop in an update. 0 where no "
+        "spare GPUs are: the endpoint is then away while it changes.",
+    )
     start_timeout_s: float = Field(
         1800, gt=0, description="Longest wait for an engine to load and answer. Seconds."
     )
@@ -140,6 +168,9 @@ class EndpointSettings(Section):
         for key in ours.keys() & clean.keys():
             instead = f"; set `{ours[key]}` of the endpoint" if ours[key] else ""
             raise ValueError(f"'{key}' is set by llm-engine{instead}")
+        ranks = clean.get("tensor_parallel_size", 1)
+        if type(ranks) is not int or ranks < 1:
+            raise ValueError(f"tensor_parallel_size must be a whole number from 1, not {ranks!r}")
         return clean
 
     @model_validator(mode="after")
@@ -162,9 +193,11 @@ class ClusterSettings(Section):
     num_cpus: int | None = Field(
         None, ge=1, description="Ray's logical CPUs. Unset: the machine's, and at least 2."
     )
-    object_store_bytes: int = Field(100 * 2**20, ge=75 * 2**20)
-    ray_port: int = Field(6379, ge=0, le=65535, description="0 picks a free one.")
-    dashboard_port: int = Field(8265, ge=1, le=65535)
+    object_store_bytes: int = Field(
+        100 * 2**20, ge=75 * 2**20, description="Ray's shared memory; tokens never go there. Bytes."
+    )
+    ray_port: int = Field(6379, ge=0, le=65535, description="Ray's own; 0 picks a free one.")
+    dashboard_port: int = Field(8265, ge=1, le=65535, description="Ray's dashboard.")
     dashboard_agent_port: int = Field(
         0, ge=0, le=65535, description="0 picks a free one: two Rays on a host must not share it."
     )
@@ -239,8 +272,11 @@ def dump(settings: Settings, *, reveal: bool = False) -> dict[str, Any]:
     """Plain data that `parse` reads back; keys are masked unless `reveal`."""
     data = settings.model_dump(mode="json")
     data["gateway"]["api_keys"] = [
-        key.get_secret_value() if reveal else "**********" for key in settings.gateway.api_keys
+        key.get_secret_value() if reveal else MASK for key in settings.gateway.api_keys
     ]
+    if not reveal:
+        for endpoint in data["endpoints"]:
+            endpoint["env"] = dict.fromkeys(endpoint["env"], MASK)
     return data
 
 

@@ -24,6 +24,8 @@ class Observed:
     deployed: bool = False  # its application exists
     failed: bool = False  # the cluster has given up starting it
     message: str = ""  # the cluster's own words
+    problem: str | None = None  # why it could not even be handed to the cluster
+    generation: str = ""  # the version that is wanted
     lacking: str | None = None  # "needs 4 GPUs, the cluster has 2"
     replicas_wanted: int = 0
 
@@ -33,12 +35,10 @@ def derive(settings: EndpointSettings, seen: Observed, created: int) -> Endpoint
     ready = [r for r in seen.reports if r.state is ReplicaState.READY]
     reasons = [r.reason for r in seen.reports if r.state is ReplicaState.FAILED and r.reason]
     if ready:
-        state, reason = EndpointState.READY, None
-        if len(ready) < seen.replicas_wanted and reasons:
-            reason = f"{len(ready)} of {seen.replicas_wanted} replicas are ready: {reasons[-1]}"
-    elif seen.failed:
+        state, reason = EndpointState.READY, _shortcoming(seen, ready, reasons)
+    elif seen.failed or seen.problem:
         state = EndpointState.UPDATE_FAILED
-        reason = reasons[-1] if reasons else _sentence(seen.message)
+        reason = seen.problem or (reasons[-1] if reasons else _sentence(seen.message))
     elif not seen.deployed:
         state, reason = EndpointState.UPDATE_PENDING, None
     else:
@@ -57,6 +57,20 @@ def derive(settings: EndpointSettings, seen: Observed, created: int) -> Endpoint
         max_queue=settings.max_queue,
         max_model_len=min(lengths, default=0),
     )
+
+
+def _shortcoming(
+    seen: Observed, ready: Sequence[ReplicaReport], reasons: Sequence[str]
+) -> str | None:
+    """What a READY endpoint still lacks."""
+    if seen.problem or seen.failed:
+        cause = seen.problem or (reasons[-1] if reasons else _sentence(seen.message))
+        return f"the update failed, an earlier version serves on: {cause}"
+    if seen.generation and all(r.generation != seen.generation for r in ready):
+        return f"an earlier version serves while the new one starts: {_progress(seen, reasons)}"
+    if len(ready) < seen.replicas_wanted and reasons:
+        return f"{len(ready)} of {seen.replicas_wanted} replicas are ready: {reasons[-1]}"
+    return None
 
 
 def _progress(seen: Observed, reasons: Sequence[str]) -> str:

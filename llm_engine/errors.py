@@ -12,7 +12,8 @@ LLMEngineError
     ├── BodyTooLarge          413
     ├── Overloaded            429  the queue is full; carries Retry-After
     ├── InternalError         500
-    └── Unavailable           503  no replica can answer now; carries Retry-After
+    ├── Unavailable           503  no replica can answer now; carries Retry-After
+    └── TookTooLong           504  no byte of the answer within the limit
 """
 
 
@@ -111,3 +112,8 @@ class InternalError(APIError):
 class Unavailable(APIError):
     status = 503
     code = "model_not_ready"
+
+
+class TookTooLong(APIError):
+    status = 504
+    code = "timeout"

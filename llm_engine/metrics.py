@@ -18,6 +18,7 @@ SECONDS = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0
 )  # fmt: skip
 GAPS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
+MOST_GONE = 100  # replicas remembered one by one
 #: (name, labels) -> value, of one replica: plain data that crosses a Ray handle.
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -87,23 +88,31 @@ class Merger:
 
     def __init__(self) -> None:
         self._live: dict[str, Samples] = {}
-        self._gone: Samples = {}
+        self._gone: dict[str, Samples] = {}  # may come back: then they must not count twice
+        self._past: Samples = {}  # the sum of those that left long ago
 
     def put(self, replica: str, samples: Samples) -> None:
+        self._gone.pop(replica, None)
         self._live[replica] = samples
 
     def retire(self, replica: str) -> None:
         samples = self._live.pop(replica, {})
-        for key, value in samples.items():
-            if not key[0].endswith("_in_flight"):
-                self._gone[key] = self._gone.get(key, 0) + value
+        self._gone[replica] = {
+            key: value for key, value in samples.items() if not key[0].endswith("_in_flight")
+        }
+        while len(self._gone) > MOST_GONE:
+            _add(self._past, self._gone.pop(next(iter(self._gone))))
 
     def total(self) -> Samples:
-        total = dict(self._gone)
-        for samples in self._live.values():
-            for key, value in samples.items():
-                total[key] = total.get(key, 0) + value
+        total = dict(self._past)
+        for samples in (*self._gone.values(), *self._live.values()):
+            _add(total, samples)
         return total
+
+
+def _add(total: Samples, samples: Samples) -> None:
+    for key, value in samples.items():
+        total[key] = total.get(key, 0) + value
 
 
 def render(

@@ -73,9 +73,11 @@ class Balancer:
         pool = trusted or ready
         picked = pool if len(pool) <= 2 else random.sample(pool, 2)
         best = min(picked, key=self.cost) if len(picked) > 1 else picked[0]
-        if self.cost(best) >= endpoint.max_queue:
+        # What is in flight from here is exact; what others have there is a guess by now, and the
+        # engine itself refuses what is over its limit.
+        if self._in_flight[best.replica] >= endpoint.max_queue:
             best = min(pool, key=self.cost)
-            if self.cost(best) >= endpoint.max_queue:
+            if self._in_flight[best.replica] >= endpoint.max_queue:
                 raise self.overloaded(endpoint)
         return best
 

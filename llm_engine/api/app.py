@@ -32,6 +32,7 @@ from llm_engine.statuses import EndpointState
 
 logger = logging.getLogger("llm_engine.api")
 
+SERVER_ERROR = "The server had an error while processing your request."
 OPEN_PATHS = frozenset({"/health"})
 Handler = Callable[[Call], Awaitable[None]]
 
@@ -76,10 +77,9 @@ class Gateway:
         except APIError as error:
             await self._fail(call, error)
         except Exception:
-            logger.exception("request %s failed", call.request_id.decode())
-            await self._fail(
-                call, InternalError("The server had an error while processing your request.")
-            )
+            if not call.started_answer:
+                logger.exception("request %s failed", call.request_id.decode("latin-1"))
+                await self._fail(call, InternalError(SERVER_ERROR))
         finally:
             self._in_flight -= 1
             call.close()
@@ -158,6 +158,10 @@ def _add_error_handlers(app: FastAPI) -> None:
     @app.exception_handler(APIError)
     async def ours(request: Request, error: APIError) -> Response:
         return answer(error)
+
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> Response:
+        return answer(InternalError(SERVER_ERROR))  # Starlette logs it
 
     @app.exception_handler(HTTPException)
     async def framework(request: Request, error: HTTPException) -> Response:

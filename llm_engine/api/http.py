@@ -64,12 +64,12 @@ class Call:
             if not message.get("more_body"):
                 return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def when_gone(self, callback: Callable[[], None]) -> None:
-        """Call back once if the client leaves. Only after the body was read."""
+    def when_gone(self, callback: Callable[[], None] | None) -> None:
+        """Call back once if the client leaves; None: no more. Only after the body was read."""
         self._on_gone = callback
         if self._watch is None:
             self._watch = asyncio.create_task(self._watch_client())
-        elif self.gone:
+        elif self.gone and callback is not None:
             callback()
 
     async def _watch_client(self) -> None:

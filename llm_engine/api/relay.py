@@ -24,7 +24,11 @@ HIGH_WATER = 512 * 1024
 
 
 class EngineLost(Exception):
-    """The engine closed the connection, refused it, or was silent for too long."""
+    """The engine closed the connection or refused it."""
+
+
+class EngineSilent(EngineLost):
+    """The deadline passed: the engine lives, and asking another would only repeat the work."""
 
 
 class EngineConnection(asyncio.Protocol):
@@ -45,7 +49,8 @@ class EngineConnection(asyncio.Protocol):
         self._paused = False
         self._has_head = False
         self._complete = False
-        self._error: str | None = None
+        self._keep_alive = False
+        self._error: EngineLost | None = None
         self.status = 0
 
     # -- what the relay calls
@@ -88,7 +93,8 @@ class EngineConnection(asyncio.Protocol):
 
     @property
     def reusable(self) -> bool:
-        return self._complete and not self.closed and self._parser.should_keep_alive()
+        whole = self._complete and not self._pieces
+        return whole and self._keep_alive and not self.closed and not self._paused
 
     def abort(self) -> None:
         """Close at once: the engine notices and stops generating."""
@@ -96,14 +102,16 @@ class EngineConnection(asyncio.Protocol):
         if self.transport is not None:
             self.transport.abort()
 
-    def fail(self, reason: str) -> None:
-        self._error = reason
+    def fail(self, error: EngineLost) -> None:
+        self._error = error
         self.abort()
         self._wake()
 
     def _raise_if_lost(self) -> None:
-        if self._error is not None or self.closed:
-            raise EngineLost(self._error or "the engine closed the connection")
+        if self._error is not None:
+            raise self._error
+        if self.closed:
+            raise EngineLost("the engine closed the connection")
 
     async def _wait(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
@@ -125,7 +133,7 @@ class EngineConnection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
-            self.fail(f"the engine sent what is not HTTP: {error}")
+            self.fail(EngineLost(f"the engine sent what is not HTTP: {error}"))
             return
         if self._unread > HIGH_WATER and not self._paused and self.transport is not None:
             self._paused = True
@@ -148,6 +156,7 @@ class EngineConnection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self._complete = True
+        self._keep_alive = self._parser.should_keep_alive()  # known only within this callback
 
 
 class Pool:
@@ -205,7 +214,7 @@ class Pool:
             now = time.monotonic()
             for connection in list(self._active):
                 if now > connection.deadline:
-                    connection.fail("the engine was silent for too long")
+                    connection.fail(EngineSilent("the engine was silent for too long"))
             for key in list(self._idle):
                 self._drop_stale(key, now)
 

@@ -34,6 +34,11 @@ class Engine(ABC):
     async def check_health(self) -> None:
         """Raises EngineError with the cause once the engine is dead."""
 
+    @property
+    @abstractmethod
+    def alive(self) -> bool:
+        """Whether its process runs; False before `start`."""
+
     @abstractmethod
     async def stop(self) -> None:
         """End the process and all that it started; safe to call twice."""

@@ -1,7 +1,7 @@
 """An engine with no weights: the same words to every prompt, as fast as HTTP goes.
 
 For overhead benchmarks and quick tests, never for answers. Understands of OpenAI's fields just
-`stream`, `max_tokens`, `n` and `input`. Its `vllm_args` are `token_delay_s`, `max_num_seqs` and
+`stream`, `max_tokens` and `input`. Its `vllm_args` are `token_delay_s`, `max_num_seqs` and
 `max_model_len`; anything else is refused. Knows nothing of vLLM.
 """
 

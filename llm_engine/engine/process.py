@@ -24,6 +24,7 @@ logger = logging.getLogger("llm_engine.engine")
 KEPT_LINES = 400  # of the engine's output, to find the cause of a failure in
 STOP_GRACE_S = 10
 PROBE_TIMEOUT_S = 10
+LOAD_TIMEOUT_S = 1
 #: "ValueError: ..." at the end of a traceback, wherever the log prefix puts it.
 _EXCEPTION = re.compile(r"\b([A-Z]\w*(?:Error|Exception|Interrupt|Exit)): (.+)$")
 #: Says only that the cause stands elsewhere.
@@ -65,7 +66,9 @@ class EngineProcess(Engine):
 
     async def load(self) -> Load:
         self._raise_if_dead()
-        answer = await self._request("GET", PATH_LOAD)
+        answer = await self._request("GET", PATH_LOAD, timeout=LOAD_TIMEOUT_S)
+        if answer.status_code != 200:
+            raise EngineError(f"the engine does not tell its load (HTTP {answer.status_code})")
         return Load(**answer.json())
 
     async def check_health(self) -> None:
@@ -96,6 +99,10 @@ class EngineProcess(Engine):
         if self._failure and not any(mark in self._failure for mark in _SECONDARY):
             return self._failure
         return explain(list(self._output)) or self._failure or self._last_line()
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.returncode is None
 
     @property
     def pid(self) -> int | None:
@@ -129,11 +136,15 @@ class EngineProcess(Engine):
             start_new_session=True,  # one group to kill, whatever it starts
             limit=2**20,
         )
-        assert self._process.stdin is not None
-        self._process.stdin.write(spec.to_json().encode() + b"\n")
-        await self._process.stdin.drain()
         self._reader = asyncio.create_task(self._read_output())
         self._reaper = asyncio.create_task(self._reap())
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(spec.to_json().encode() + b"\n")
+            await self._process.stdin.drain()
+        except OSError:  # it is gone already, and has said why
+            await self._drain_output()
+            raise EngineError(self.why()) from None
 
     async def _read_output(self) -> None:
         assert self._process is not None and self._process.stdout is not None

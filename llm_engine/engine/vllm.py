@@ -2,7 +2,7 @@
 
 Run as `python -m llm_engine.engine.vllm`; see `server` for how it is told what to serve. Uses
 vLLM's launcher functions rather than its command line, so that the port is bound before the
-model loads; tests/unit/test_vllm_contract.py fails when an upgrade moves them.
+model loads; tests/unit/test_upgrades.py fails when an upgrade moves them.
 """
 
 import json

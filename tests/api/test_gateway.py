@@ -216,8 +216,8 @@ def test_an_engine_that_stays_silent_is_given_up():
     with GatewayThread([slow], request_timeout_s=1) as gateway, gateway.client() as client:
         began = time.monotonic()
         answer = client.post("/v1/chat/completions", json=chat())
-    assert answer.status_code == 503
-    assert time.monotonic() - began < 10
+    assert answer.status_code == 504 and "request_timeout_s" in answer.json()["error"]["message"]
+    assert time.monotonic() - began < 4, "it was tried again, or waited for longer"
 
 
 def test_metrics_count_requests_and_tokens_by_model(gateway):

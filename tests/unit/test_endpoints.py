@@ -34,7 +34,7 @@ def test_being_placed_waiting_for_resources_loading_trying_again():
 
 def test_ready_means_that_a_replica_answered_whatever_the_cluster_says():
     ready = report(ReplicaState.READY, length=512)
-    status = derive(SETTINGS, Observed(reports=[ready], deployed=True, failed=True), created=1)
+    status = derive(SETTINGS, Observed(reports=[ready], deployed=True), created=1)
     assert status.state is EndpointState.READY and status.reason is None
     assert status.replicas_ready == 1 and status.max_model_len == 512
 
@@ -59,3 +59,25 @@ def test_failed_carries_the_engines_words_else_the_last_line_of_the_clusters():
 def test_any_change_of_settings_is_another_generation():
     assert generation(SETTINGS) == generation(EndpointSettings(name="m", model="x"))
     assert generation(SETTINGS) != generation(EndpointSettings(name="m", model="x", max_queue=7))
+
+
+def test_an_update_that_failed_leaves_the_earlier_version_ready_and_says_so():
+    reports = [report(ReplicaState.READY), report(ReplicaState.FAILED, "no weights")]
+    found, reason = state(reports=reports, deployed=True, failed=True, generation="2")
+    assert found is EndpointState.READY
+    assert reason == "the update failed, an earlier version serves on: no weights"
+
+
+def test_an_update_on_its_way_is_told():
+    reports = [report(ReplicaState.READY), report(ReplicaState.STARTING)]
+    reason = state(reports=reports, deployed=True, generation="2")[1]
+    assert reason == "an earlier version serves while the new one starts: " + (
+        "a replica is loading the model"
+    )
+
+
+def test_what_could_not_even_be_deployed_says_why():
+    assert state(problem="it cannot be deployed: no") == (
+        EndpointState.UPDATE_FAILED,
+        "it cannot be deployed: no",
+    )

@@ -7,18 +7,28 @@ After it, the stream ends with an error event.
 import logging
 import time
 
+import orjson
+
 from llm_engine.api import sse
 from llm_engine.api.http import Call, ClientGone
 from llm_engine.api.openai.answers import engine_error, rewrite_answer, rewrite_event
 from llm_engine.api.openai.requests import EngineRequest, Kind, parse
-from llm_engine.api.relay import EngineConnection, EngineLost, post
-from llm_engine.errors import APIError, InternalError, Overloaded, Unavailable
+from llm_engine.api.relay import EngineConnection, EngineLost, EngineSilent, post
+from llm_engine.errors import (
+    APIError,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    TookTooLong,
+    Unavailable,
+)
 from llm_engine.records import EndpointStatus, ReplicaReport
 from llm_engine.services import Services
 
 logger = logging.getLogger("llm_engine.api")
 
 MAX_ATTEMPTS = 3
+CLIENT_CLOSED = 499  # nginx's word in metrics for a client that did not wait
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -49,12 +59,20 @@ class Inference:
         body = await call.body(self._limits.max_body_bytes)
         request = parse(self._kind, body)
         endpoint = self._balancer.endpoint(request.model, _TASKS[self._kind])
+        _check_size(request, endpoint)
         in_flight = self._metrics.in_flight.labels(endpoint.name)
         in_flight.inc()
         try:
             await self._try_replicas(call, request, endpoint)
         except APIError as error:
             call.status = error.status
+            raise
+        except ClientGone:
+            call.gone = True
+            call.status = call.status or CLIENT_CLOSED
+            raise
+        except BaseException:
+            call.status = call.status or 500
             raise
         finally:
             in_flight.dec()
@@ -78,6 +96,8 @@ class Inference:
             self._balancer.acquire(replica)
             try:
                 return await self._ask(call, request, endpoint, replica)
+            except EngineSilent:
+                raise self._took_too_long() from None
             except EngineLost as lost:
                 logger.warning("replica %s was lost: %s", replica.replica, lost)
                 self._balancer.suspect(replica)
@@ -96,14 +116,14 @@ class Inference:
         self, call: Call, request: EngineRequest, endpoint: EndpointStatus, replica: ReplicaReport
     ) -> None:
         """One attempt. EngineLost and _Refused mean that another replica may be tried."""
-        connection = await self._send(request, replica)
-        call.when_gone(lambda: connection.fail("the client left"))
+        connection = await self._send(call, request, replica)
+        call.when_gone(lambda: connection.fail(EngineLost("the client left")))
         try:
             status = await connection.head()
             if status != 200:
                 raise self._refusal(status, await connection.read_all(), request, endpoint)
             if request.stream:
-                await self._stream(call, request, connection)
+                await self._stream(call, request, endpoint, connection)
             else:
                 answer = await connection.read_all()
                 if request.rewrite:
@@ -114,25 +134,30 @@ class Inference:
                 raise ClientGone from None
             raise
         finally:
+            call.when_gone(None)  # the connection may carry another's request from here on
             self._pool.give_back(replica, connection)
 
-    async def _send(self, request: EngineRequest, replica: ReplicaReport) -> EngineConnection:
+    async def _send(
+        self, call: Call, request: EngineRequest, replica: ReplicaReport
+    ) -> EngineConnection:
         connection = await self._pool.take(replica)
         message = post(replica, request.path, request.body)
-        deadline = time.monotonic() + self._limits.request_timeout_s
-        try:
-            connection.ask(message, deadline)
-        except EngineLost:  # a kept connection had been closed: that says nothing of the engine
-            self._pool.give_back(replica, connection)
-            connection = await self._pool.take(replica, fresh=True)
-            connection.ask(message, deadline)
+        waited = time.perf_counter() - call.started
+        connection.ask(message, time.monotonic() + self._limits.request_timeout_s - waited)
         return connection
 
     async def _stream(
-        self, call: Call, request: EngineRequest, connection: EngineConnection
+        self,
+        call: Call,
+        request: EngineRequest,
+        endpoint: EndpointStatus,
+        connection: EngineConnection,
     ) -> None:
         """Relay events as they come. The first read decides whether there is an answer at all."""
         data = await connection.read()
+        if data.startswith(b'data: {"error"'):
+            payload = sse.Splitter().feed(data)[0]
+            raise self._refusal(500, payload, request, endpoint)
         idle, now = self._limits.idle_timeout_s, time.perf_counter
         splitter = sse.Splitter() if request.rewrite else None
         gaps = self._metrics.inter_token.labels(request.model)
@@ -144,12 +169,16 @@ class Inference:
                 if sse.holds_failure(data):
                     splitter = splitter or sse.Splitter()
                 if splitter is not None:
-                    data = self._rewrite(request, splitter, data)
+                    data, ended = self._rewrite(request, splitter, data)
+                    if ended:
+                        await call.write(data)
+                        break
                 await call.write(data)
                 connection.deadline = time.monotonic() + idle
                 data = await connection.read()
                 after = now()
-                gaps.observe((after - before) / (sse.count(data) or 1))
+                if data:
+                    gaps.observe((after - before) / (sse.count(data) or 1))
                 before = after
         except EngineLost as lost:
             if call.gone:
@@ -163,16 +192,23 @@ class Inference:
             await call.write(sse.error_event(broken))
         await call.write(b"", more=False)
 
-    def _rewrite(self, request: EngineRequest, splitter: sse.Splitter, data: bytes) -> bytes:
+    def _rewrite(
+        self, request: EngineRequest, splitter: sse.Splitter, data: bytes
+    ) -> tuple[bytes, bool]:
+        """The events put right, and whether one of them is an error, after which none comes."""
         out = []
         for payload in splitter.feed(data):
             if payload == sse.DONE:
                 out.append(sse.event(payload))
-            elif payload.startswith(b'{"error"'):
-                out.append(sse.error_event(engine_error(500, payload, request)))
+                continue
+            if payload.startswith(b'{"error"'):
+                payload = orjson.dumps(engine_error(500, payload, request).body())
             else:
-                out.append(sse.event(rewrite_event(request, payload)))
-        return b"".join(out)
+                payload = rewrite_event(request, payload)
+            out.append(sse.event(payload))
+            if payload.startswith(b'{"error"'):
+                return b"".join(out), True
+        return b"".join(out), False
 
     def _refusal(
         self, status: int, body: bytes, request: EngineRequest, endpoint: EndpointStatus
@@ -183,10 +219,28 @@ class Inference:
         # A dead engine still answers HTTP for a moment; another replica may do better.
         return _Refused(error) if error.status >= 500 else error
 
+    def _took_too_long(self) -> TookTooLong:
+        return TookTooLong(
+            "No byte of the answer came within "
+            f"{self._limits.request_timeout_s:g} s (gateway.request_timeout_s). Ask for fewer "
+            "tokens, or stream."
+        )
+
     def _lost(self, endpoint: EndpointStatus) -> Unavailable:
         return Unavailable(
             f"The model '{endpoint.name}' cannot answer now: the replicas that were asked failed "
             "before they answered.",
             param="model",
             retry_after=self._limits.retry_after_s,
+        )
+
+
+def _check_size(request: EngineRequest, endpoint: EndpointStatus) -> None:
+    """An engine counts each text as a request of its own; some can never fit."""
+    if request.choices > endpoint.max_queue:
+        raise InvalidRequest(
+            f"The request asks for {request.choices} texts (n times the prompts); "
+            f"'{endpoint.name}' holds at most {endpoint.max_queue} at once (max_queue).",
+            param="n",
+            code="integer_above_max_value",
         )
