@@ -88,7 +88,7 @@ class AutoscalingSettings(Section):
         16, gt=0, description="Requests running and waiting in an engine that autoscaling aims at."
     )
     upscale_delay_s: float = Field(
-        5, ge=0, description="How long the queues must be longer before replicas are added. Seconds."
+        5, ge=0, description="How long queues must be longer before replicas are added. Seconds."
     )
     downscale_delay_s: float = Field(
         120, ge=0, description="How long they must be shorter before replicas go. Seconds."

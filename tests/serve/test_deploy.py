@@ -1,5 +1,8 @@
 """`serve deploy` against a running cluster of two nodes."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
 from tests.support.cluster import eventually
@@ -55,6 +58,88 @@ def test_deploy_add_and_remove_models(nodes: Nodes):
     eventually(lambda: replicas(nodes) == before, 60, 0.5, "the removed model is still there")
     with nodes.client() as client:
         assert client.get("/v1/models/org/added:1").status_code == 404
+
+
+def test_an_update_fails_no_request_and_cuts_no_stream(nodes: Nodes):
+    before = {**ADDED, "name": "changing", "vllm_args": {"token_delay_s": 0.02}}
+    after = {**before, "vllm_args": {"token_delay_s": 0.02, "max_model_len": 999}}
+    nodes.deploy(settings(nodes, before))
+    old = nodes.wait_ready("changing")["changing"]["replicas"][0]["replica"]
+    statuses: list[int] = []
+    stop = threading.Event()
+
+    def keep_asking() -> None:
+        with nodes.client() as client:
+            while not stop.is_set():
+                answer = client.post("/v1/chat/completions", json=chat("changing", 5))
+                statuses.append(answer.status_code)
+
+    def one_long_stream() -> bytes:
+        with nodes.client() as client:
+            body = chat("changing", 600) | {"stream": True}
+            return client.post("/v1/chat/completions", json=body, timeout=60).content
+
+    with ThreadPoolExecutor(4) as pool:
+        asking = [pool.submit(keep_asking) for _ in range(3)]
+        stream = pool.submit(one_long_stream)
+        eventually(lambda: len(statuses) > 10)
+        nodes.deploy(settings(nodes, after))
+
+        def replaced() -> bool:
+            row = nodes.endpoints().get("changing", {})
+            return row.get("max_model_len") == 999 and old not in str(row["replicas"])
+
+        eventually(replaced, 90, 0.5, "the old replica is still there")
+        stop.set()
+        assert stream.result().endswith(b"data: [DONE]\n\n"), "a stream was cut by the update"
+        for each in asking:
+            each.result()
+    assert set(statuses) == {200}
+
+
+def test_an_update_that_fails_leaves_the_old_version_serving(nodes: Nodes):
+    good = {**ADDED, "name": "steady"}
+    nodes.deploy(settings(nodes, good))
+    nodes.wait_ready("steady")
+    nodes.deploy(settings(nodes, {**good, "vllm_args": {"nonsense": 1}}))
+
+    def told() -> bool:
+        row = nodes.endpoints().get("steady", {})
+        return "the update failed" in (row.get("status_reason") or "")
+
+    eventually(told, 90, 0.5)
+    row = nodes.endpoints()["steady"]
+    assert row["status"] == "READY" and "has no nonsense" in row["status_reason"]
+    with nodes.client() as client:
+        assert client.post("/v1/chat/completions", json=chat("steady", 3)).is_success
+
+
+def test_replicas_follow_the_queue_up_and_down(nodes: Nodes):
+    scaling = {"min_replicas": 1, "max_replicas": 3, "target_queue_depth": 2,
+               "upscale_delay_s": 1, "downscale_delay_s": 2}  # fmt: skip
+    busy = {**ADDED, "name": "busy", "num_cpus": 0.2, "autoscaling": scaling,
+            "vllm_args": {"token_delay_s": 0.05}}  # fmt: skip
+    nodes.deploy(settings(nodes, busy))
+    nodes.wait_ready("busy")
+
+    def stream() -> bytes:
+        with nodes.client() as client:
+            body = chat("busy", 500) | {"stream": True}
+            return client.post("/v1/chat/completions", json=body, timeout=120).content
+
+    def ready() -> int:
+        return nodes.endpoints().get("busy", {}).get("replicas_ready", 0)
+
+    with ThreadPoolExecutor(6) as pool:
+        streams = [pool.submit(stream) for _ in range(6)]
+        eventually(lambda: ready() == 3, 60, 0.5, "it did not scale up")
+        assert all(s.result().endswith(b"data: [DONE]\n\n") for s in streams)
+    eventually(lambda: ready() == 1, 60, 0.5, "it did not scale down")
+
+
+def chat(model: str, tokens: int) -> dict:
+    message = {"role": "user", "content": "hi"}
+    return {"model": model, "messages": [message], "max_tokens": tokens}
 
 
 def test_a_model_that_cannot_start_says_why_and_harms_nobody(nodes: Nodes):
