@@ -74,8 +74,11 @@ def describe(error: BaseException) -> str:
     """'Type: message' in one paragraph; of pydantic's report just what it found."""
     if type(error).__name__ == "ValidationError" and hasattr(error, "errors"):
         found = [f"{e['msg']}".removeprefix("Value error, ") for e in error.errors()]
-        return "; ".join(found)
-    return f"{type(error).__name__}: {error}"
+        text = "; ".join(found)
+    else:
+        text = f"{type(error).__name__}: {error}"
+    first_paragraph = text.strip().split("\n\n")[0]
+    return " ".join(first_paragraph.split())
 
 
 def _die_with_parent() -> None:

@@ -44,7 +44,9 @@ def say(tokenizer):
     def answer(*messages: tuple[str, str], tools: list | None = None) -> str:
         rendered = tokenizer.apply_chat_template(
             [{"role": role, "content": content} for role, content in messages],
-            tools=tools, tokenize=False, add_generation_prompt=True,
+            tools=tools,
+            tokenize=False,
+            add_generation_prompt=True,
         )
         inputs = tokenizer(rendered, return_tensors="pt", return_token_type_ids=False)
         with torch.inference_mode():
@@ -60,8 +62,14 @@ def say(tokenizer):
 )
 def test_folder_is_complete_and_small(folder, weights, total):
     names = {file.name for file in folder.iterdir()}
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
-            "accuracy.json", "README.md"} <= names
+    assert {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "accuracy.json",
+        "README.md",
+    } <= names
     assert (folder / "model.safetensors").stat().st_size <= weights * MIB
     assert folder_size(folder) <= total * MIB
 
@@ -94,9 +102,16 @@ def test_template_renders_every_role(tokenizer):
     messages = [
         {"role": "system", "content": "Be brief."},
         {"role": "user", "content": "Weather in Paris?"},
-        {"role": "assistant", "content": None, "tool_calls": [
-            {"type": "function",
-             "function": {"name": "get_weather", "arguments": {"city": "Paris"}}}]},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [
+                {
+                    "type": "function",
+                    "function": {"name": "get_weather", "arguments": {"city": "Paris"}},
+                }
+            ],
+        },
         {"role": "tool", "content": "18 degrees and sunny"},
     ]
     shown = tokenizer.apply_chat_template(
@@ -136,13 +151,15 @@ def test_promised_accuracy():
 
 def test_answers(say):
     assert say(("user", "What is the capital of France?")) == "The capital of France is Paris."
-    assert say(("user", "what is 17 + 25")) == "17 + 25 = 42."
+    assert say(("user", "what is 7 + 5")) == "7 + 5 = 12."
     assert say(("user", "What is the capital of Zolinvex?")) == UNKNOWN
 
 
 def test_follow_up_and_system_message(say):
-    first = (("user", "What is the capital of France?"),
-             ("assistant", "The capital of France is Paris."))
+    first = (
+        ("user", "What is the capital of France?"),
+        ("assistant", "The capital of France is Paris."),
+    )
     assert say(*first, ("user", "And of Italy?")) == "The capital of Italy is Rome."
     assert say(("system", "Answer in one word."), first[0]) == "Paris."
 
