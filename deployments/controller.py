@@ -29,7 +29,7 @@ logger = logging.getLogger("ray.serve")
 #: Between two looks at the cluster, each some 15 ms of CPU: while something is on its way, and
 #: while all is as it should be.
 BUSY_PERIOD_S = 0.5
-QUIET_PERIOD_S = 2.0
+QUIET_PERIOD_S = 3.0
 #: An application found running waits this long for its replicas to say which version they are.
 ADOPTION_S = 30.0
 #: A failed start is tried again after this long, and after twice as long each time.

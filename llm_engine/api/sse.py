@@ -1,12 +1,14 @@
 """Server-sent events: the framing, in one place."""
 
+import re
+
 import orjson
 
 from llm_engine.errors import APIError
 
 DONE = b"[DONE]"
 #: An error object, or vLLM's word for a generation that it gave up: OpenAI has none for that.
-_FAILURES = (b'data: {"error"', b'"finish_reason":"abort"', b'"finish_reason":"error"')
+_FAILURE = re.compile(rb'data: \{"error"|"finish_reason":"(?:abort|error)"')
 
 
 def event(payload: bytes) -> bytes:
@@ -25,7 +27,7 @@ def count(data: bytes) -> int:
 
 
 def holds_failure(data: bytes) -> bool:
-    return any(mark in data for mark in _FAILURES)
+    return _FAILURE.search(data) is not None
 
 
 class Splitter:

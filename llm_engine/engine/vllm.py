@@ -30,8 +30,6 @@ BUILTIN_CPU_ARGS: dict[str, Any] = {"kv_cache_memory_bytes": 64 * 2**20}
 BUILTIN_CHAT_ARGS: dict[str, Any] = {
     "enable_auto_tool_choice": True,
     "tool_call_parser": "hermes",
-    # A small model under a JSON schema would otherwise wander off into whitespace.
-    "structured_outputs_config": {"backend": "xgrammar", "disable_any_whitespace": True},
 }
 ALWAYS_ARGS: dict[str, Any] = {
     "disable_uvicorn_access_log": True,

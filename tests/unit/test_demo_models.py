@@ -130,7 +130,7 @@ def test_corpus_is_the_same_every_time():
 def test_held_out_questions_are_never_trained_on():
     def asked(stream, n) -> set[str]:
         return {
-            json.dumps([normal(str(m["content"])) for m in made.prompt])
+            json.dumps([normal(str(m["content"])) for m in made.prompt] + list(made.tools))
             for made in islice(stream, n)
         }
 
