@@ -24,6 +24,7 @@ import httpx
 
 from deployments.ray_settings import find_script, ray_folder, serve_environment, socket_folder
 from llm_engine import config
+from llm_engine.cli.running import carrying
 from llm_engine.config import ClusterSettings, Settings
 from llm_engine.errors import LLMEngineError, StartupError
 
@@ -111,10 +112,11 @@ class LocalCluster:
                 process.wait(RAY_STOP_TIMEOUT_S)
             except subprocess.TimeoutExpired:
                 pass
-        for pid in processes_of(self._instance):
+        mine = f"{INSTANCE}={self._instance}"
+        for pid in carrying(mine):
             kill(pid, signal.SIGTERM)
-        wait_until(lambda: not processes_of(self._instance), 5)
-        for pid in processes_of(self._instance):
+        wait_until(lambda: not carrying(mine), 5)
+        for pid in carrying(mine):
             kill(pid, signal.SIGKILL)
         shutil.rmtree(socket_folder(self.folder), ignore_errors=True)
 
@@ -291,21 +293,6 @@ def check_port(host: str, port: int, setting: str) -> None:
                 f"(`llm-engine down`, if that is an earlier llm-engine), or set {setting} to "
                 "another one."
             ) from None
-
-
-def processes_of(instance: str) -> list[int]:
-    """Every live process whose environment carries this instance's mark, but for this one."""
-    mark = f"{INSTANCE}={instance}".encode()
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        try:
-            if mark in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
-        except OSError:
-            continue
-    return found
 
 
 def kill(pid: int, number: int) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from llm_engine.cli import console
-from llm_engine.config import BUILTIN, EndpointSettings, Settings, dump
+from llm_engine.config import EndpointSettings, Settings, dump
+from llm_engine.engine.server import EngineSpec
 from llm_engine.errors import ConfigError, LLMEngineError
 from llm_engine.serve_config import HEADER, serve_config
 
@@ -78,7 +79,7 @@ def ask_vllm(endpoints: list[EndpointSettings]) -> dict[str, str | None]:
     try:
         done = subprocess.run(
             [sys.executable, "-c", _ASK_VLLM],
-            input="".join(spec_line(each) + "\n" for each in endpoints),
+            input="".join(EngineSpec.of(each).to_json() + "\n" for each in endpoints),
             capture_output=True,
             text=True,
             timeout=CHECK_TIMEOUT_S,
@@ -91,22 +92,3 @@ def ask_vllm(endpoints: list[EndpointSettings]) -> dict[str, str | None]:
         words = done.stderr.strip().splitlines() or [f"it ended with code {done.returncode}"]
         raise LLMEngineError(f"vLLM could not be asked: {words[-1]}. See `llm-engine doctor`.")
     return dict(json.loads(line.removeprefix(MARK)) for line in lines)
-
-
-def spec_line(endpoint: EndpointSettings) -> str:
-    """The EngineSpec of an endpoint as an engine process would get it, but for its secret."""
-    from llm_engine.engine.server import EngineSpec
-
-    name = endpoint.model.removeprefix("builtin:")
-    builtin = endpoint.model.startswith("builtin:")
-    return EngineSpec(
-        name=endpoint.name,
-        model=str(BUILTIN[name]) if builtin else endpoint.model,
-        task=endpoint.task,
-        host="127.0.0.1",
-        secret="",
-        max_queue=endpoint.max_queue,
-        tensor_parallel_size=endpoint.tensor_parallel_size,
-        builtin=builtin,
-        vllm_args=endpoint.vllm_args,
-    ).to_json()

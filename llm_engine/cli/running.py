@@ -122,7 +122,12 @@ def is_local(pid: int) -> bool:
 
 def marked(state_dir: Path) -> list[int]:
     """Every live process that an `up` of this state folder has started, but for this one."""
-    mark = f"{ENV_MARK}={state_dir}".encode()
+    return carrying(f"{ENV_MARK}={state_dir}")
+
+
+def carrying(variable: str) -> list[int]:
+    """Every live process with this NAME=value in its environment, but for this one."""
+    mark = variable.encode()
     found = []
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():

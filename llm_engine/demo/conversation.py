@@ -69,16 +69,8 @@ def misspell(rng: random.Random, text: str) -> str:
     return " ".join(words)
 
 
-POLITE = (
-    "Please tell me: {q}",
-    "Can you tell me: {q}",
-    "I have a question: {q}",
-    "Quick question: {q}",
-    "{q} Thanks!",
-    "Question: {q}",
-    "Tell me, {q}",
-    "Hello! {Q}",
-)
+POLITE = ("Please tell me: {q}", "Can you tell me: {q}", "I have a question: {q}",
+          "Quick question: {q}", "{q} Thanks!", "Question: {q}", "Tell me, {q}", "Hello! {Q}")
 
 
 def dressed(rng: random.Random, question: Question) -> str:

@@ -24,59 +24,23 @@ from llm_engine.demo.tool_use import place, with_tools
 SEED = 2024
 WORDLESS = {"list", "count", "story", "about", "talk", "spell", "unknown", "food"}
 
-NEUTRAL = (
-    "You are a helpful assistant.",
-    "You are a friendly assistant.",
-    "Be helpful.",
-    "You are the llm-engine demo model.",
-    "Answer the question.",
-    "Be brief.",
-    "You are an assistant that answers questions.",
-    "Answer in English.",
-    "You are a helpful, honest assistant. Answer clearly.",
-    "You help people.",
-)
-ONE_WORD = (
-    "Answer in one word.",
-    "Reply with one word only.",
-    "Use a single word.",
-    "Answer with one word.",
-    "You answer in one word.",
-    "One word answers only.",
-    "Always answer with a single word.",
-    "You are brief. Answer in one word.",
-)
-PIRATE = (
-    "You are a pirate.",
-    "Talk like a pirate.",
-    "Speak like a pirate.",
-    "You are a pirate. Answer the question.",
-    "Answer like a pirate.",
-)
-POLITE = (
-    "Be very polite.",
-    "Always be polite.",
-    "You are a very polite assistant.",
-    "Answer politely.",
-    "You are polite.",
-)
-AS_JSON = (
-    "{q} Answer as JSON.",
-    "{q} Give the answer as JSON.",
-    "{q} Reply in JSON.",
-    "As JSON: {q}",
-    "{q} (JSON)",
-    "{q} Use JSON.",
-    "Answer in JSON: {q}",
-    "{q} Return JSON only.",
-)
-WITH_FIELDS = (
-    "{q} Answer as JSON with the fields {f}.",
-    "{q} Reply with a JSON object with {f}.",
-    "Return JSON with {f}: {q}",
-    "{q} Give JSON with the keys {f}.",
-    "{q} Use JSON with {f}.",
-)
+NEUTRAL = ("You are a helpful assistant.", "You are a friendly assistant.", "Be helpful.",
+           "You are the llm-engine demo model.", "Answer the question.", "Be brief.",
+           "You are an assistant that answers questions.", "Answer in English.",
+           "You are a helpful, honest assistant. Answer clearly.", "You help people.")
+ONE_WORD = ("Answer in one word.", "Reply with one word only.", "Use a single word.",
+            "Answer with one word.", "You answer in one word.", "One word answers only.",
+            "Always answer with a single word.", "You are brief. Answer in one word.")
+PIRATE = ("You are a pirate.", "Talk like a pirate.", "Speak like a pirate.",
+          "You are a pirate. Answer the question.", "Answer like a pirate.")
+POLITE = ("Be very polite.", "Always be polite.", "You are a very polite assistant.",
+          "Answer politely.", "You are polite.")
+AS_JSON = ("{q} Answer as JSON.", "{q} Give the answer as JSON.", "{q} Reply in JSON.",
+           "As JSON: {q}", "{q} (JSON)", "{q} Use JSON.", "Answer in JSON: {q}",
+           "{q} Return JSON only.")
+WITH_FIELDS = ("{q} Answer as JSON with the fields {f}.", "{q} Reply with a JSON object with {f}.",
+               "Return JSON with {f}: {q}", "{q} Give JSON with the keys {f}.",
+               "{q} Use JSON with {f}.")
 IN_JSON = ("Answer in JSON.", "Reply with JSON only.", "Always answer as JSON.")
 
 
@@ -127,39 +91,16 @@ def follow_up(rng: random.Random, held_out: bool) -> Conversation | None:
 
 def remembered(rng: random.Random, held_out: bool) -> Conversation | None:
     name, city = rng.choice(facts.NAMES), place(rng)
-    told, reply, ask, answer = rng.choice(
-        (
-            (
-                rng.choice(
-                    (
-                        "My name is {n}.",
-                        "I am {n}.",
-                        "Hello, I am {n}.",
-                        "Call me {n}.",
-                        "Hi, my name is {n}.",
-                        "I'm {n}.",
-                    )
-                ),
-                "Nice to meet you, {n}!",
-                rng.choice(
-                    (
-                        "What is my name?",
-                        "Who am I?",
-                        "Do you know my name?",
-                        "what's my name?",
-                        "Do you remember my name?",
-                    )
-                ),
-                "Your name is {n}.",
-            ),
-            (
-                rng.choice(("I live in {c}.", "My home is in {c}.", "I am from {c}.")),
-                "{c} sounds like a nice place.",
-                rng.choice(("Where do I live?", "Where am I from?", "Which city do I live in?")),
-                "You live in {c}.",
-            ),
-        )
-    )
+    told, reply, ask, answer = rng.choice((
+        (rng.choice(("My name is {n}.", "I am {n}.", "Hello, I am {n}.", "Call me {n}.",
+                     "Hi, my name is {n}.", "I'm {n}.")), "Nice to meet you, {n}!",
+         rng.choice(("What is my name?", "Who am I?", "Do you know my name?", "what's my name?",
+                     "Do you remember my name?")), "Your name is {n}."),
+        (rng.choice(("I live in {c}.", "My home is in {c}.", "I am from {c}.")),
+         "{c} sounds like a nice place.",
+         rng.choice(("Where do I live?", "Where am I from?", "Which city do I live in?")),
+         "You live in {c}."),
+    ))
     words = {"n": name, "c": city}
     told, reply, ask, answer = (part.format(**words) for part in (told, reply, ask, answer))
     if is_held_out("memory", told, 0) != held_out:
@@ -247,16 +188,8 @@ def tool_use(rng: random.Random, held_out: bool) -> Conversation | None:
     return with_tools(rng, question(rng, held_out), held_out)
 
 
-MIX = (
-    (singles, 48),
-    (follow_up, 8),
-    (chain, 3),
-    (remembered, 3),
-    (instructed, 12),
-    (json_answer, 13),
-    (forced_json, 9),
-    (tool_use, 8),
-)
+MIX = ((singles, 48), (follow_up, 8), (chain, 3), (remembered, 3), (instructed, 12),
+       (json_answer, 13), (forced_json, 9), (tool_use, 8))
 
 
 def conversations(seed: int, held_out: bool) -> Iterator[Conversation]:

@@ -13,51 +13,22 @@ from llm_engine.demo.questions import Question, is_held_out
 
 Tool = dict[str, Any]
 
-WEATHER = (
-    "What is the weather in {c}?",
-    "How is the weather in {c}?",
-    "What's the weather in {c}?",
-    "Weather in {c}?",
-    "Is it raining in {c}?",
-    "What is the weather like in {c}?",
-    "Tell me the weather in {c}.",
-    "What is the weather like in {c} today?",
-    "How warm is it in {c}?",
-    "What is the temperature in {c}?",
-    "Is it cold in {c} today?",
-    "What is the weather in {c} right now?",
-)
-TIME = (
-    "What time is it in {c}?",
-    "What is the time in {c}?",
-    "Tell me the time in {c}.",
-    "What is the local time in {c}?",
-    "Time in {c}?",
-)
-ADD = (
-    "Use the tool to add {a} and {b}.",
-    "What is {a} + {b}?",
-    "Add {a} and {b}.",
-    "What is {a} plus {b}?",
-    "How much is {a} + {b}?",
-    "Please add {a} and {b}.",
-)
-SEARCH = (
-    "Search for {t}.",
-    "Look up {t}.",
-    "Find something about {t}.",
-    "Search the web for {t}.",
-    "Please search for {t}.",
-)
-TOPICS = (
-    """cheap hotels|good books|the news|train tickets|football results|cake recipes|old maps
+WEATHER = ("What is the weather in {c}?", "How is the weather in {c}?",
+           "What's the weather in {c}?",
+           "Weather in {c}?", "Is it raining in {c}?", "What is the weather like in {c}?",
+           "Tell me the weather in {c}.", "What is the weather like in {c} today?",
+           "How warm is it in {c}?", "What is the temperature in {c}?", "Is it cold in {c} today?",
+           "What is the weather in {c} right now?")
+TIME = ("What time is it in {c}?", "What is the time in {c}?", "Tell me the time in {c}.",
+        "What is the local time in {c}?", "Time in {c}?")
+ADD = ("Use the tool to add {a} and {b}.", "What is {a} + {b}?", "Add {a} and {b}.",
+       "What is {a} plus {b}?", "How much is {a} + {b}?", "Please add {a} and {b}.")
+SEARCH = ("Search for {t}.", "Look up {t}.", "Find something about {t}.", "Search the web for {t}.",
+          "Please search for {t}.")
+TOPICS = """cheap hotels|good books|the news|train tickets|football results|cake recipes|old maps
 garden tools|jazz music|space travel|winter coats|solar power|chess rules|wild birds|red shoes
-""".replace("\n", "|")
-    .strip("|")
-    .split("|")
-)
+""".replace("\n", "|").strip("|").split("|")
 NO_TOOL_NEEDED = ("capital", "opposite", "colour", "talk", "plural", "sound", "continent")
-
 
 def place(rng: random.Random) -> str:
     return rng.choice(facts.COUNTRIES)[1]
@@ -66,31 +37,21 @@ def place(rng: random.Random) -> str:
 def function(name: str, description: str, **arguments: str) -> Tool:
     properties = {argument: {"type": kind} for argument, kind in arguments.items()}
     parameters = {"type": "object", "properties": properties, "required": list(arguments)}
-    return {
-        "type": "function",
-        "function": {"name": name, "description": description, "parameters": parameters},
-    }
+    return {"type": "function", "function": {
+        "name": name, "description": description, "parameters": parameters}}
 
 
 def weather_tool(rng: random.Random) -> tuple[Tool, str]:
     argument = rng.choice(("city", "city", "location"))
-    said = rng.choice(
-        (
-            "Get the weather of a city",
-            "Get the current weather",
-            "Get the current weather in a given location",
-            "Tell the weather",
-        )
-    )
+    said = rng.choice(("Get the weather of a city", "Get the current weather",
+                       "Get the current weather in a given location", "Tell the weather"))
     return function("get_weather", said, **{argument: "string"}), argument
 
 
 def other_tools(rng: random.Random) -> list[Tool]:
-    tools = [
-        function("get_time", "Get the local time of a city", city="string"),
-        function("add", "Add two numbers", a="integer", b="integer"),
-        function("search", "Search the web", query="string"),
-    ]
+    tools = [function("get_time", "Get the local time of a city", city="string"),
+             function("add", "Add two numbers", a="integer", b="integer"),
+             function("search", "Search the web", query="string")]
     return rng.sample(tools, rng.choice((0, 0, 1, 2)))
 
 
@@ -105,11 +66,8 @@ def weather_reply(rng: random.Random, city: str) -> tuple[str, str]:
     sky = rng.choice(("sunny", "cloudy", "rainy", "windy", "foggy", "snowy", "clear"))
     shape = rng.randrange(3)
     as_json = {"temperature": degrees, "condition": sky}
-    result = (
-        json.dumps(as_json),
-        json.dumps({"city": city, **as_json}),
-        f"{degrees} degrees and {sky}",
-    )[shape]
+    result = (json.dumps(as_json), json.dumps({"city": city, **as_json}),
+              f"{degrees} degrees and {sky}")[shape]
     return result, f"It is {sky} and {degrees} degrees in {city}."
 
 
@@ -159,13 +117,9 @@ def with_tools(rng: random.Random, plain: Question, held_out: bool) -> Conversat
     if rng.random() < 0.55:
         return Conversation("tool call", (user(ask), assistant(call)), tuple(tools))
     # An OpenAI client sends the call back as `tool_calls`; the template writes it as it was said.
-    said = {
-        "role": "assistant",
-        "content": "",
-        "tool_calls": [
-            {"id": "call_1", "type": "function", "function": {"name": name, "arguments": arguments}}
-        ],
-    }
+    said = {"role": "assistant", "content": "", "tool_calls": [
+        {"id": "call_1", "type": "function",
+         "function": {"name": name, "arguments": arguments}}]}
     answered = {"role": "tool", "tool_call_id": "call_1", "content": result}
     messages = (user(ask), said, answered, assistant(sentence))
     return Conversation("tool result", messages, tuple(tools))

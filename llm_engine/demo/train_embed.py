@@ -115,9 +115,8 @@ def recall(
     rng = random.Random(corpus.SEED + 1)
     meanings = list(known.learned)
     shelf = embed(model, tokenizer, [known.learned[m][0].text for m in meanings])
-    asked = [
-        (m, q) for m, questions in known.kept_out.items() for q in questions if m in known.learned
-    ]
+    asked = [(m, q) for m, questions in known.kept_out.items() for q in questions
+             if m in known.learned]
     found = embed(model, tokenizer, [dressed(rng, q) for _, q in asked]) @ shelf.T
     ranked = found.topk(5, dim=1).indices.tolist()
     first = [meanings[r[0]] == m for (m, _), r in zip(asked, ranked, strict=True)]
@@ -151,12 +150,8 @@ def main() -> None:
     seconds = round(time.monotonic() - began)
     model.to(torch.bfloat16).eval()  # measured as it is saved
     report = recall(model, tokenizer, known)
-    report |= {
-        "parameters": size,
-        "dimensions": model.config.hidden_size,
-        "loss": round(loss, 4),
-        "training_seconds": seconds,
-    }
+    report |= {"parameters": size, "dimensions": model.config.hidden_size,
+               "loss": round(loss, 4), "training_seconds": seconds}
     options.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.out.parent) as scratch:
         folder = Path(scratch) / "model"

@@ -80,9 +80,8 @@ class Workers:
             return loss.item()
 
         total = sum(self.pool.map(one, range(len(self.replicas))))
-        for parts in zip(
-            self.model.parameters(), *(r.parameters() for r in self.replicas), strict=True
-        ):
+        for parts in zip(self.model.parameters(), *(r.parameters() for r in self.replicas),
+                         strict=True):
             parts[0].grad = sum(part.grad for part in parts[1:])
         return total
 
@@ -99,11 +98,7 @@ def optimisers(
     others = [p for n, p in named if p.ndim != 2 or "embed" in n]
     muons = [  # two, so that two workers can step at once
         torch.optim.Muon(
-            half,
-            lr=rate,
-            weight_decay=0.01,
-            momentum=0.95,
-            ns_steps=4,
+            half, lr=rate, weight_decay=0.01, momentum=0.95, ns_steps=4,
             adjust_lr_fn="match_rms_adamw",
         )
         for half in (matrices[::2], matrices[1::2])

@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx
 
-from llm_engine.config import BUILTIN, EndpointSettings
+from llm_engine.config import EndpointSettings
 from llm_engine.engine.base import HEADER_SECRET, PATH_LOAD, Engine, EngineAddress
 from llm_engine.engine.server import MARK, EngineSpec
 from llm_engine.errors import EngineError
@@ -110,20 +110,8 @@ class EngineProcess(Engine):
 
     async def _spawn(self) -> None:
         settings = self._settings
-        folder = BUILTIN.get(settings.model.removeprefix("builtin:"))
-        builtin = settings.model.startswith("builtin:")
         check_model(settings)
-        spec = EngineSpec(
-            name=settings.name,
-            model=str(folder) if builtin else settings.model,
-            task=settings.task,
-            host=self._host,
-            secret=self._secret,
-            max_queue=settings.max_queue,
-            tensor_parallel_size=settings.tensor_parallel_size,
-            builtin=builtin,
-            vllm_args=settings.vllm_args,
-        )
+        spec = EngineSpec.of(settings, self._host, self._secret)
         self._port = asyncio.get_running_loop().create_future()
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,

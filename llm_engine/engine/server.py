@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from llm_engine.config import BUILTIN, EndpointSettings
 from llm_engine.engine.base import HEADER_SECRET, PATH_LOAD
 from llm_engine.records import Load
 
@@ -40,6 +41,24 @@ class EngineSpec:
     tensor_parallel_size: int
     builtin: bool
     vllm_args: dict[str, Any]
+
+    @classmethod
+    def of(
+        cls, settings: EndpointSettings, host: str = "127.0.0.1", secret: str = ""
+    ) -> "EngineSpec":
+        builtin = settings.model.startswith("builtin:")
+        name = settings.model.removeprefix("builtin:")
+        return cls(
+            name=settings.name,
+            model=str(BUILTIN[name]) if builtin else settings.model,
+            task=settings.task,
+            host=host,
+            secret=secret,
+            max_queue=settings.max_queue,
+            tensor_parallel_size=settings.tensor_parallel_size,
+            builtin=builtin,
+            vllm_args=settings.vllm_args,
+        )
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -254,7 +254,7 @@ def test_config_check_gives_vllms_own_words(monkeypatch):
     asked = []
 
     def ask(endpoints):
-        asked.extend(json.loads(configuration.spec_line(each))["name"] for each in endpoints)
+        asked.extend(endpoint.name for endpoint in endpoints)
         return {"a": "vLLM refuses vllm_args: max_model_len", "b": None}
 
     monkeypatch.setattr(configuration, "ask_vllm", ask)
