@@ -4,6 +4,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import yaml
 
 from tests.support.cluster import eventually
 from tests.support.nodes import Nodes
@@ -179,3 +180,21 @@ def test_without_keys_it_does_not_serve_beyond_loopback(tmp_path):
 
         eventually(failed, 60, 0.5)
         assert "there is no API key" in bare.applications()["llm-engine"]["message"]
+
+
+def test_serve_run_starts_the_same_configuration(tmp_path):
+    """The commands that the README gives for a Ray that runs."""
+    with Nodes(tmp_path, count=1) as alone:
+        file = tmp_path / "llm-engine.yaml"
+        content = settings(alone, TWO)
+        content["gateway"]["host"] = "127.0.0.1"
+        file.write_text(yaml.safe_dump(content))
+        alone.environment["RAY_ADDRESS"] = alone.gcs
+        alone.url = f"http://127.0.0.1:{alone.port}"
+        place = ("--http-host", "127.0.0.1", "--http-port", str(alone.port))
+        alone.serve("start", *place)
+        application = ("deployments.app:build", f"config={file}")
+        alone.serve("run", "--non-blocking", "--name", "llm-engine", *application)
+        alone.wait_ready("two")
+        with alone.client() as client:
+            assert client.post("/v1/chat/completions", json=chat("two", 3)).is_success

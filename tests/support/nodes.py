@@ -68,10 +68,17 @@ class Nodes:
         told["proxy_location"] = "HeadOnly"  # one machine has each port once
         file = self._folder / "serve.yaml"
         file.write_text(yaml.safe_dump(told))
+        self.serve("deploy", str(file))
+
+    def serve(self, *arguments: str) -> None:
+        """Ray's own command line, as an operator of this cluster would run it."""
         done = subprocess.run(
-            [find_script("serve") or "serve", "deploy", str(file)],
-            env=self.environment, capture_output=True, text=True, timeout=60,
-        )  # fmt: skip
+            [find_script("serve") or "serve", *arguments],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=90,
+        )
         assert done.returncode == 0, done.stderr
 
     def client(self) -> httpx.Client:
