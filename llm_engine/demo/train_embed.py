@@ -24,7 +24,7 @@ from llm_engine.demo.same_meaning import Meanings
 VOCABULARY = 1536
 LONGEST = 512
 PAIRS = 256
-STEPS = 300
+STEPS = 200
 SHARPNESS = 20.0  # one over the temperature of the contrastive loss
 
 
