@@ -155,9 +155,10 @@ class Inference:
     ) -> None:
         """Relay events as they come. The first read decides whether there is an answer at all."""
         data = await connection.read()
-        if data.startswith(b'data: {"error"'):
-            payload = sse.Splitter().feed(data)[0]
-            raise self._refusal(500, payload, request, endpoint)
+        first = sse.Splitter().feed(data)
+        if first and first[0].startswith(b'{"error"'):
+            # The engine broke before its first token: another may still answer, unseen.
+            raise self._refusal(500, first[0], request, endpoint)
         idle, now = self._limits.idle_timeout_s, time.perf_counter
         splitter = sse.Splitter() if request.rewrite else None
         gaps = self._metrics.inter_token.labels(request.model)
