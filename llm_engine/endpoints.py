@@ -68,8 +68,9 @@ def _shortcoming(
         return f"the update failed, an earlier version serves on: {cause}"
     if seen.generation and all(r.generation != seen.generation for r in ready):
         return f"an earlier version serves while the new one starts: {_progress(seen, reasons)}"
-    if len(ready) < seen.replicas_wanted and reasons:
-        return f"{len(ready)} of {seen.replicas_wanted} replicas are ready: {reasons[-1]}"
+    if len(ready) < seen.replicas_wanted:
+        cause = reasons[-1] if reasons else _progress(seen, reasons)
+        return f"{len(ready)} of {seen.replicas_wanted} replicas are ready: {cause}"
     return None
 
 

@@ -186,7 +186,7 @@ def test_serve_run_starts_the_same_configuration(tmp_path):
     """The commands that the README gives for a Ray that runs."""
     with Nodes(tmp_path, count=1) as alone:
         file = tmp_path / "llm-engine.yaml"
-        content = settings(alone, TWO)
+        content = settings(alone, ADDED)
         content["gateway"]["host"] = "127.0.0.1"
         file.write_text(yaml.safe_dump(content))
         alone.environment["RAY_ADDRESS"] = alone.gcs
@@ -195,6 +195,6 @@ def test_serve_run_starts_the_same_configuration(tmp_path):
         alone.serve("start", *place)
         application = ("deployments.app:build", f"config={file}")
         alone.serve("run", "--non-blocking", "--name", "llm-engine", *application)
-        alone.wait_ready("two")
+        alone.wait_ready("org/added:1")
         with alone.client() as client:
-            assert client.post("/v1/chat/completions", json=chat("two", 3)).is_success
+            assert client.post("/v1/chat/completions", json=chat("org/added:1", 3)).is_success

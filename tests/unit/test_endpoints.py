@@ -81,3 +81,9 @@ def test_what_could_not_even_be_deployed_says_why():
         EndpointState.UPDATE_FAILED,
         "it cannot be deployed: no",
     )
+
+
+def test_a_replica_that_cannot_be_placed_beside_a_ready_one_is_told():
+    reports = [report(ReplicaState.READY)]
+    reason = state(reports=reports, deployed=True, replicas_wanted=2)[1]
+    assert reason == "1 of 2 replicas are ready: a replica is being placed"
