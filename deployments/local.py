@@ -72,11 +72,14 @@ class LocalCluster:
         environment.pop("PYTHONDONTWRITEBYTECODE", None)  # workers would compile everything anew
         return environment
 
-    def start(self, stop: threading.Event) -> None:
-        """Raises StartupError with what to do. Returns early once `stop` is set."""
+    def check_ports(self) -> None:
+        """Raises StartupError where something, an earlier llm-engine perhaps, has one of them."""
         check_port(self._settings.gateway.host, self._settings.gateway.port, "gateway.port")
         check_port("127.0.0.1", self._cluster.dashboard_port, "cluster.dashboard_port")
         check_port("127.0.0.1", self.ray_port, "cluster.ray_port")
+
+    def start(self, stop: threading.Event) -> None:
+        """Raises StartupError with what to do. Returns early once `stop` is set."""
         environment = self.environment
         cpus = self._cluster.num_cpus or max(2, os.cpu_count() or 2)
         command = [
@@ -223,6 +226,7 @@ def watch_endpoints(settings: Settings, cluster: LocalCluster, stop: threading.E
 
 def run(settings: Settings, stop: threading.Event) -> None:
     cluster = LocalCluster(settings)
+    cluster.check_ports()  # before there is anything to clean up: it might be another's
     try:
         tell("step", name="Ray")
         cluster.start(stop)

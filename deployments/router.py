@@ -164,22 +164,22 @@ class ModelRouter:
         totals = {}
         for name in self._endpoints:
             load = self._past_tokens[name]
-            for gone in self._gone.values():
-                if gone.endpoint == name:
-                    load = _add_counters(load, gone.load)
-            ready = [
+            # Whatever has become of a replica, its tokens stay counted: a counter never goes back.
+            for report in (*self._gone.values(), *self._reports.values()):
+                if report.endpoint == name:
+                    load = _add_counters(load, report.load)
+            live = [
                 r
                 for r in self._reports.values()
                 if r.endpoint == name and r.state is not ReplicaState.FAILED
             ]
-            for report in ready:
-                load = replace(
-                    _add_counters(load, report.load),
-                    running=load.running + report.load.running,
-                    waiting=load.waiting + report.load.waiting,
-                    kv_cache_usage=load.kv_cache_usage + report.load.kv_cache_usage / len(ready),
-                )
-            taking = sum(r.state is ReplicaState.READY for r in ready)
+            load = replace(
+                load,
+                running=sum(r.load.running for r in live),
+                waiting=sum(r.load.waiting for r in live),
+                kv_cache_usage=sum(r.load.kv_cache_usage for r in live) / (len(live) or 1),
+            )
+            taking = sum(r.state is ReplicaState.READY for r in live)
             totals[name] = EngineTotals(load, taking)
         return totals
 
