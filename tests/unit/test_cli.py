@@ -10,32 +10,22 @@ from pathlib import Path
 
 import pytest
 import yaml
-from typer.testing import CliRunner
 
 from llm_engine import config
 from llm_engine.cli import chat, client, configuration, console, target
-from llm_engine.cli.commands import app
 from llm_engine.cli.target import Target
 from llm_engine.errors import LLMEngineError
+from tests.support.cli import run, write_configuration
 
 COMMANDS = "up down status models chat config ray-env doctor version".split()
 IMPORT_BUDGET_S = 0.3
-
-
-def run(*words: str, given: str | None = None):
-    return CliRunner().invoke(app, list(words), input=given)
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     """A folder with a configuration of its own, far from this machine's."""
     monkeypatch.chdir(tmp_path)
-    told = {
-        "gateway": {"port": 1},
-        "endpoints": [{"name": "fake", "model": "x", "engine": "fake"}],
-        "cluster": {"state_dir": str(tmp_path / "state")},
-    }
-    Path("llm-engine.yaml").write_text(yaml.safe_dump(told))
+    write_configuration(tmp_path)
     return tmp_path
 
 

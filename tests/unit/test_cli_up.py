@@ -8,28 +8,17 @@ from pathlib import Path
 from textwrap import dedent
 
 import pytest
-import yaml
-from typer.testing import CliRunner
 
 from llm_engine import config
 from llm_engine.cli import doctor, running, target
-from llm_engine.cli.commands import app
-
-
-def run(*words: str, given: str | None = None):
-    return CliRunner().invoke(app, list(words), input=given)
+from tests.support.cli import run, write_configuration
 
 
 @pytest.fixture(autouse=True)
 def elsewhere(tmp_path, monkeypatch):
     """A folder with a configuration of its own, far from this machine's."""
     monkeypatch.chdir(tmp_path)
-    told = {
-        "gateway": {"port": 1},
-        "endpoints": [{"name": "fake", "model": "x", "engine": "fake"}],
-        "cluster": {"state_dir": str(tmp_path / "state")},
-    }
-    Path("llm-engine.yaml").write_text(yaml.safe_dump(told))
+    write_configuration(tmp_path)
     return tmp_path
 
 
