@@ -5,6 +5,7 @@ Knows nothing of Ray or vLLM: `vllm_args` goes to vLLM as it stands and vLLM jud
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -30,6 +31,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 MASK = "**********"
 ENV_KEYS = "LLM_ENGINE_API_KEYS"
 ENV_CONFIG = "LLM_ENGINE_CONFIG"
+ENV_STORE = "LLM_ENGINE_STORE_URL"
+ENV_SECRET = "LLM_ENGINE_SECRET_KEY"
 
 
 class Section(BaseModel):
@@ -64,6 +67,17 @@ class GatewaySettings(Section):
     target_in_flight: int = Field(
         128, ge=1, description="Requests in flight per ingress replica that autoscaling aims at."
     )
+    allowed_upstreams: tuple[str, ...] = Field(
+        (),
+        description="Hosts (*.corp.example), addresses or networks (10.1.0.0/16) of a private "
+        "network that external models may lie in. Public ones always may.",
+    )
+    resources_timeout_s: float = Field(
+        10,
+        ge=0,
+        description="How long an endpoint may wait for GPUs or CPUs that the cluster hasn't got "
+        "before it counts as failed. Where nodes come by autoscaling: longer than they take.",
+    )
     num_cpus: float = Field(0.1, ge=0, description="Ray CPUs an ingress replica reserves.")
     drain_timeout_s: float = Field(
         300, ge=0, description="Longest wait for running answers when an ingress stops. Seconds."
@@ -82,8 +96,10 @@ class GatewaySettings(Section):
 
 
 class AutoscalingSettings(Section):
-    min_replicas: int = Field(1, ge=1, description="Engine replicas, at least.")
-    max_replicas: int = Field(1, ge=1, description="Engine replicas, at most.")
+    min_replicas: int = Field(
+        1, ge=0, description="Engine replicas, at least. 0: none while nobody asks."
+    )
+    max_replicas: int = Field(1, ge=1, le=1000, description="Engine replicas, at most.")
     target_queue_depth: float = Field(
         16, gt=0, description="Requests running and waiting in an engine that autoscaling aims at."
     )
@@ -92,6 +108,18 @@ class AutoscalingSettings(Section):
     )
     downscale_delay_s: float = Field(
         120, ge=0, description="How long they must be shorter before replicas go. Seconds."
+    )
+    idle_delay_s: float = Field(
+        300,
+        ge=0,
+        description="With min_replicas 0: how long without a request until the last "
+        "replica goes. Seconds.",
+    )
+    wake_timeout_s: float = Field(
+        300,
+        gt=0,
+        description="With min_replicas 0: how long a request is held while the first "
+        "replica starts. Then 503. Seconds.",
     )
 
     @model_validator(mode="after")
@@ -128,6 +156,12 @@ class EndpointSettings(Section):
         description="Environment variables of the engine process. Not for secrets (HF_TOKEN): Ray "
         "Serve shows them to operators; put those into the nodes' environment, which engines get.",
     )
+    fallback: str | None = Field(
+        None,
+        max_length=200,
+        description="The model that answers when this one can't, before the first byte.",
+    )
+    public: bool = Field(True, description="Whoever has a key may use it; else only its owner.")
     autoscaling: AutoscalingSettings = Field(
         AutoscalingSettings(), description="How many replicas, by the engines' own queues."
     )
@@ -173,6 +207,19 @@ class EndpointSettings(Section):
             raise ValueError(f"tensor_parallel_size must be a whole number from 1, not {ranks!r}")
         return clean
 
+    @field_validator("name")
+    @classmethod
+    def _plain_name(cls, name: str) -> str:
+        if any(part in ("", ".", "..") for part in name.split("/")):
+            raise ValueError("a name's parts between '/' must not be empty, '.' or '..'")
+        return name
+
+    @model_validator(mode="after")
+    def _not_its_own_fallback(self) -> Self:
+        if self.fallback == self.name:
+            raise ValueError(f"'{self.name}' cannot be its own fallback")
+        return self
+
     @model_validator(mode="after")
     def _known_builtin(self) -> Self:
         kind, _, name = self.model.partition(":")
@@ -208,6 +255,32 @@ class ClusterSettings(Section):
         return path.expanduser().absolute()
 
 
+class StoreSettings(Section):
+    """The rows: keys, endpoints, registered models."""
+
+    url: str | None = Field(
+        None,
+        description="sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE; "
+        f"{ENV_STORE} wins. Unset: SQLite in cluster.state_dir. A cluster of several nodes "
+        "needs PostgreSQL.",
+    )
+    secret_key: SecretStr | None = Field(
+        None,
+        description=f"Encrypts the keys of external models; {ENV_SECRET} wins. Unset, and with "
+        "SQLite: a file beside it.",
+    )
+    max_keys: int = Field(10_000, ge=1, description="Keys, at most: each gateway knows them all.")
+    max_endpoints: int = Field(1_000, ge=1, description="Endpoints, at most.")
+    max_models: int = Field(10_000, ge=1, description="Registered models, at most.")
+
+    @field_validator("url")
+    @classmethod
+    def _unmasked(cls, url: str | None) -> str | None:
+        if url is not None and f":{MASK}@" in url:
+            raise ValueError("a masked password is no password; put the real one")
+        return url
+
+
 class Settings(Section):
     gateway: GatewaySettings = GatewaySettings()
     endpoints: tuple[EndpointSettings, ...] = (
@@ -215,6 +288,11 @@ class Settings(Section):
         EndpointSettings(name="demo-embed", model="builtin:embed", task="embed"),
     )
     cluster: ClusterSettings = ClusterSettings()
+    store: StoreSettings = StoreSettings()
+
+    @property
+    def store_url(self) -> str:
+        return self.store.url or f"sqlite:///{self.cluster.state_dir}/llm-engine.db"
 
     @model_validator(mode="after")
     def _sensible(self) -> Self:
@@ -265,6 +343,12 @@ def parse(raw: Any, environ: dict[str, str], where: str = "configuration") -> Se
         keys = tuple(SecretStr(key) for key in dict.fromkeys([*known, *extra]))
         gateway = settings.gateway.model_copy(update={"api_keys": keys})
         settings = settings.model_copy(update={"gateway": gateway})
+    told = {"url": environ.get(ENV_STORE), "secret_key": environ.get(ENV_SECRET)}
+    if any(told.values()):
+        told["secret_key"] = SecretStr(told["secret_key"]) if told["secret_key"] else None
+        given = {key: value for key, value in told.items() if value}
+        store = settings.store.model_copy(update=given)
+        settings = settings.model_copy(update={"store": store})
     return settings
 
 
@@ -274,6 +358,11 @@ def dump(settings: Settings, *, reveal: bool = False) -> dict[str, Any]:
     data["gateway"]["api_keys"] = [
         key.get_secret_value() if reveal else MASK for key in settings.gateway.api_keys
     ]
+    secret, url = settings.store.secret_key, settings.store.url
+    if secret is not None:
+        data["store"]["secret_key"] = secret.get_secret_value() if reveal else MASK
+    if url is not None and not reveal:
+        data["store"]["url"] = re.sub(r"(://[^:/@]*):.*@", rf"\1:{MASK}@", url)
     if not reveal:
         for endpoint in data["endpoints"]:
             endpoint["env"] = dict.fromkeys(endpoint["env"], MASK)

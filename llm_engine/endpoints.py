@@ -9,10 +9,30 @@ from llm_engine.config import EndpointSettings
 from llm_engine.records import EndpointStatus, ReplicaReport
 from llm_engine.statuses import EndpointState, ReplicaState
 
+#: Who owns what the configuration declares, and whatever is made without a key.
+OPERATOR = "llm-engine"
+#: What changes of an endpoint without another engine.
+_LIGHT = ("autoscaling", "fallback", "public")
+
 
 def generation(settings: EndpointSettings) -> str:
-    """A short name for exactly this configuration; another one means a rolling update."""
-    text = json.dumps(settings.model_dump(mode="json"), sort_keys=True)
+    """A short name for exactly this engine; another one means a rolling update."""
+    return _digest(settings.model_dump(mode="json", exclude=set(_LIGHT)))
+
+
+def declaration(settings: EndpointSettings) -> str:
+    """A short name for exactly these settings: whether the configuration's entry has changed."""
+    return _digest(settings.model_dump(mode="json"))
+
+
+def signature(settings: EndpointSettings) -> str:
+    """What starts in about the same time: whatever it is called."""
+    told = settings.model_dump(mode="json", include={"model", "engine", "vllm_args", "num_gpus"})
+    return _digest(told)
+
+
+def _digest(data: object) -> str:
+    text = json.dumps(data, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 

@@ -7,12 +7,16 @@ LLMEngineError
 └── APIError                  becomes an answer in the dialect of the caller
     ├── InvalidRequest        400  the request is wrong; `param` says where
     ├── InvalidKey            401
-    ├── NotFound              404  unknown model, path or object
+    ├── Forbidden             403  the key is valid and lacks the scope
+    ├── NotFound              404  unknown model, path or object, or another owner's
     ├── MethodNotAllowed      405
+    ├── Conflict              409  the name is taken, or another operation is under way
     ├── BodyTooLarge          413
     ├── Overloaded            429  the queue is full; carries Retry-After
     ├── InternalError         500
+    ├── UpstreamFailed        502  an external model answered with nonsense or an error of its own
     ├── Unavailable           503  no replica can answer now; carries Retry-After
+    │   └── StoreUnavailable       the database does not answer; models do
     └── TookTooLong           504  no byte of the answer within the limit
 """
 
@@ -82,6 +86,12 @@ class InvalidKey(APIError):
     code = "invalid_api_key"
 
 
+class Forbidden(APIError):
+    status = 403
+    type = "invalid_request_error"
+    code = "insufficient_permissions"
+
+
 class NotFound(APIError):
     status = 404
     type = "invalid_request_error"
@@ -91,6 +101,12 @@ class MethodNotAllowed(APIError):
     status = 405
     type = "invalid_request_error"
     code = "method_not_allowed"
+
+
+class Conflict(APIError):
+    status = 409
+    type = "invalid_request_error"
+    code = "conflict"
 
 
 class BodyTooLarge(APIError):
@@ -109,9 +125,18 @@ class InternalError(APIError):
     pass
 
 
+class UpstreamFailed(APIError):
+    status = 502
+    code = "upstream_failed"
+
+
 class Unavailable(APIError):
     status = 503
     code = "model_not_ready"
+
+
+class StoreUnavailable(Unavailable):
+    code = "store_unavailable"
 
 
 class TookTooLong(APIError):

@@ -1,6 +1,8 @@
 """What crosses a process boundary: frozen, picklable, and named once."""
 
 from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
 
 from llm_engine.statuses import EndpointState, ReplicaState
 
@@ -21,6 +23,22 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class Phases:
+    """How long each phase of a start took, in seconds; None: not over yet."""
+
+    queued: float | None = None  # accepted, not yet handed to the cluster
+    scheduling: float | None = None  # until a node runs the replica's process
+    loading: float | None = None  # until the model is in memory
+    warming: float | None = None  # until it has generated a token
+
+    @property
+    def total(self) -> float | None:
+        parts = (self.queued, self.scheduling, self.loading, self.warming)
+        known = [part for part in parts if part is not None]
+        return sum(known) if len(known) == len(parts) else None
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaReport:
     """One engine replica as it describes itself to the router."""
 
@@ -34,11 +52,14 @@ class ReplicaReport:
     max_model_len: int = 0  # tokens
     load: Load = Load()
     reason: str | None = None  # why it failed
+    began_at: float = 0.0  # unix seconds: its process runs
+    loaded_at: float = 0.0  # the model is in memory
+    ready_at: float = 0.0  # it has generated a token
 
 
 @dataclass(frozen=True, slots=True)
 class EndpointStatus:
-    """One endpoint as the controller sees it."""
+    """One endpoint as the controller sees it, and all that a request's way depends on."""
 
     name: str
     model: str
@@ -51,6 +72,14 @@ class EndpointStatus:
     max_queue: int = 0  # requests a replica holds before more are refused
     max_model_len: int = 0  # tokens; 0 until a replica has told
     owned_by: str = "llm-engine"
+    public: bool = True  # whoever has a key may use it
+    fallback: str | None = None  # the model that answers when this one can't
+    sleeps: bool = False  # it may be without replicas until a request comes
+    wake_timeout_s: float = 0.0  # how long such a request is held
+    generation: str = ""  # the version that is wanted
+    phases: Phases = Phases()  # of the start under way, or of the last one
+    eta_s: float | None = None  # until READY, learned from earlier starts
+    last_error: str | None = None  # the last failure, also when it has passed
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +89,100 @@ class RoutingTable:
     version: int = 0
     endpoints: dict[str, EndpointStatus] = field(default_factory=dict)
     replicas: dict[str, tuple[ReplicaReport, ...]] = field(default_factory=dict)  # READY ones
+
+
+class Scope(StrEnum):
+    """What a key may do, beyond seeing what it may use."""
+
+    INFERENCE = "inference"  # send requests to models
+    MODELS = "models"  # register aliases and external models
+    ENDPOINTS = "endpoints"  # create and change endpoints: as good as running code on the nodes
+    ADMIN = "admin"  # all of it, for every owner, and keys
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who makes a request. The place where limits of a key will be, too."""
+
+    owner: str
+    scopes: frozenset[Scope]
+    key: str | None = None  # the key's id; None: from the configuration, or no key was asked
+
+    def may(self, scope: Scope) -> bool:
+        return scope in self.scopes or Scope.ADMIN in self.scopes
+
+    def sees(self, owner: str, public: bool = False) -> bool:
+        return public or owner == self.owner or Scope.ADMIN in self.scopes
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRecord:
+    """An API key; the key itself is told once, when it is made, and kept nowhere."""
+
+    id: str
+    owner: str
+    name: str
+    digest: bytes = field(repr=False)  # SHA-256
+    prefix: str = ""
+    scopes: tuple[Scope, ...] = ()
+    created_at: float = 0.0
+    expires_at: float | None = None
+    revoked_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EndpointRecord:
+    """An endpoint that somebody wants. `revision` counts its changes."""
+
+    id: str
+    name: str
+    owner: str
+    origin: str  # api | config
+    spec: dict[str, Any]  # EndpointSettings
+    state: EndpointState
+    created_at: float
+    requested_at: float
+    updated_at: float
+    extras: dict[str, Any] = field(default_factory=dict)  # what a dialect keeps for its answers
+    reason: str | None = None
+    settled: bool = False
+    revision: int = 0
+    declared: str | None = None
+    deployed: str | None = None
+    phases: dict[str, float | None] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """A registered model: an external upstream where it has a `url`, else an alias."""
+
+    id: str
+    owner: str
+    name: str
+    model: str | None = None
+    url: str | None = None
+    sealed_key: bytes | None = field(default=None, repr=False)  # encrypted
+    max_token_count: int | None = None
+    max_output_token_count: int | None = None
+    fallback: str | None = None
+    public: bool = False
+    created_at: float = 0.0
+    updated_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    id: int
+    subject: str
+    at: float  # unix seconds
+    kind: str
+    message: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Directory:
+    """Who may come in, and what is registered: pushed to every ingress when it changes."""
+
+    version: int = 0
+    keys: dict[bytes, KeyRecord] = field(default_factory=dict)  # by digest; revoked ones too
+    models: dict[str, dict[str, ModelRecord]] = field(default_factory=dict)  # by owner and name

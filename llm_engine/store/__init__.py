@@ -1,0 +1,1 @@
+"""Rows: keys, endpoints, registered models and their events, on SQLite or PostgreSQL."""

@@ -1,0 +1,171 @@
+"""One database behind one URL: connections, transactions, migrations, and its failures in words.
+
+Blocking: asynchronous callers go through `asyncio.to_thread`.
+"""
+
+import contextlib
+import fcntl
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import sqlalchemy as sa
+from alembic import command
+from alembic.config import Config
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy.exc import OperationalError, SQLAlchemyError
+
+from llm_engine.errors import ConfigError, StoreUnavailable
+from llm_engine.ids import new_id
+from llm_engine.store import tables
+
+logger = logging.getLogger("llm_engine.store")
+
+#: PostgreSQL: connections of one process. SQLite has one writer at a time anyway.
+POOL_SIZE = 5
+CONNECT_TIMEOUT_S = 3
+STATEMENT_TIMEOUT_MS = 10_000
+RETRY_AFTER_S = 5
+#: SQLite: longest wait for another process's write.
+BUSY_TIMEOUT_MS = 5_000
+_MIGRATION_LOCK = 0x6C6C6D65  # any number that no other application uses
+_MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+class Database:
+    """`with database.reading() as connection`, `with database.writing() as connection`."""
+
+    def __init__(self, url: str) -> None:
+        self.url = _parse(url)
+        self._engine = _engine(self.url)
+
+    @property
+    def is_sqlite(self) -> bool:
+        return self.url.get_backend_name() == "sqlite"
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[sa.Connection]:
+        """Raises StoreUnavailable where the database does not answer."""
+        with _in_words(self), self._engine.connect() as connection:
+            yield connection.execution_options(only_reads=True)
+
+    @contextlib.contextmanager
+    def writing(self) -> Iterator[sa.Connection]:
+        """One transaction: all of it is durable when the block ends, or none of it."""
+        with _in_words(self), self._engine.begin() as connection:
+            yield connection
+
+    def migrate(self) -> str:
+        """Bring the tables up to date; returns the database's identity. Safe to race."""
+        with _in_words(self), self._one_at_a_time():
+            config = Config()
+            config.set_main_option("script_location", str(_MIGRATIONS))
+            with self._engine.connect() as connection:
+                current = MigrationContext.configure(connection).get_current_revision()
+            if current != ScriptDirectory.from_config(config).get_current_head():
+                logger.info("migrating the store %s", self.shown)
+                with self._engine.begin() as connection:
+                    config.attributes["connection"] = connection
+                    command.upgrade(config, "head")
+            with self._engine.begin() as connection:
+                found = connection.execute(sa.select(tables.identity.c.id)).scalar()
+                if found is None:
+                    found = new_id("store")
+                    connection.execute(tables.identity.insert().values(id=found))
+                return found
+
+    @property
+    def shown(self) -> str:
+        return self.url.render_as_string(hide_password=True)
+
+    def close(self) -> None:
+        self._engine.dispose()
+
+    @contextlib.contextmanager
+    def _one_at_a_time(self) -> Iterator[None]:
+        if self.is_sqlite:
+            if not self.url.database:
+                yield
+                return
+            with Path(f"{self.url.database}.lock").open("w") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX)
+                yield
+            return
+        with self._engine.connect() as connection:
+            connection.execute(sa.select(sa.func.pg_advisory_lock(_MIGRATION_LOCK)))
+            try:
+                yield
+            finally:
+                connection.execute(sa.select(sa.func.pg_advisory_unlock(_MIGRATION_LOCK)))
+
+
+def _parse(url: str) -> sa.URL:
+    try:
+        parsed = sa.make_url(url)
+    except SQLAlchemyError:
+        raise ConfigError(f"store.url is not a database URL: {url.split(':')[0]}:...") from None
+    kind = parsed.get_backend_name()
+    if kind == "postgresql":
+        return parsed.set(drivername="postgresql+psycopg")
+    if kind != "sqlite":
+        raise ConfigError(f"store.url: '{kind}' is not supported; use sqlite:/// or postgresql://")
+    if not parsed.database or parsed.database == ":memory:":
+        raise ConfigError("store.url names no file; a store that is only in memory loses all")
+    path = Path(parsed.database).expanduser().absolute()
+    return parsed.set(drivername="sqlite+pysqlite", database=str(path))
+
+
+def _engine(url: sa.URL) -> sa.Engine:
+    if url.get_backend_name() == "postgresql":
+        return sa.create_engine(
+            url,
+            pool_size=POOL_SIZE,
+            max_overflow=0,
+            pool_timeout=CONNECT_TIMEOUT_S,
+            pool_pre_ping=True,  # a server that was restarted costs no request
+            connect_args={
+                "connect_timeout": CONNECT_TIMEOUT_S,
+                "options": f"-c statement_timeout={STATEMENT_TIMEOUT_MS}",
+            },
+        )
+    assert url.database is not None
+    path = Path(url.database)
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.touch(mode=0o600)
+    engine = sa.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
+
+    @sa.event.listens_for(engine, "connect")
+    def prepare(connection: Any, _: Any) -> None:
+        connection.isolation_level = None  # we begin transactions ourselves, see below
+        connection.execute("PRAGMA journal_mode=WAL")  # readers do not wait for the writer
+        connection.execute("PRAGMA synchronous=FULL")  # what was acknowledged survives a power cut
+        connection.execute("PRAGMA foreign_keys=ON")
+
+    @sa.event.listens_for(engine, "begin")
+    def begin(connection: sa.Connection) -> None:
+        # A transaction that reads first and writes later could fail at once, whatever the timeout.
+        only_reads = connection.get_execution_options().get("only_reads")
+        connection.exec_driver_sql("BEGIN" if only_reads else "BEGIN IMMEDIATE")
+
+    return engine
+
+
+@contextlib.contextmanager
+def _in_words(database: Database) -> Iterator[None]:
+    try:
+        yield
+    except (OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
+        # The cause is for operators: it may name hosts and users.
+        logger.warning("the store %s does not answer: %s", database.shown, _first_line(error))
+        raise StoreUnavailable(
+            "The store does not answer now, so nothing was read or changed. Models that are "
+            "served answer on. Retry later.",
+            retry_after=RETRY_AFTER_S,
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    told = str(getattr(error, "orig", None) or error).strip() or type(error).__name__
+    return told.splitlines()[0]

@@ -1,0 +1,50 @@
+"""The store: all records behind one URL. See `keys`, `endpoints` and `registered` for each kind."""
+
+import sqlalchemy as sa
+
+from llm_engine.records import Event
+from llm_engine.store import tables
+from llm_engine.store.database import Database
+from llm_engine.store.endpoints import Endpoints
+from llm_engine.store.keys import Keys
+from llm_engine.store.registered import Registered
+
+
+class Store:
+    """Opens nothing by itself: the first use connects. `open` migrates too."""
+
+    def __init__(self, url: str) -> None:
+        self.database = Database(url)
+        self.keys = Keys(self.database)
+        self.endpoints = Endpoints(self.database)
+        self.registered = Registered(self.database)
+
+    @classmethod
+    def open(cls, url: str) -> "Store":
+        """Raises ConfigError for a URL that can't be, StoreUnavailable for a silent database."""
+        store = cls(url)
+        store.database.migrate()
+        return store
+
+    def mark(self) -> tuple[int, int]:
+        """Another one after every change of a record. The count tells of a transaction that
+        committed after one with a higher id."""
+        with self.database.reading() as connection:
+            counted = sa.select(sa.func.count(), sa.func.max(tables.events.c.id))
+            count, last = connection.execute(counted.select_from(tables.events)).one()
+            return count, last or 0
+
+    def events(self, subject: str, after: int = 0, limit: int = 100) -> list[Event]:
+        """Of one record, oldest first."""
+        table = tables.events.c
+        wanted = (
+            sa.select(tables.events)
+            .where(table.subject == subject, table.id > after)
+            .order_by(table.id)
+            .limit(limit)
+        )
+        with self.database.reading() as connection:
+            return [Event(**row._mapping) for row in connection.execute(wanted)]
+
+    def close(self) -> None:
+        self.database.close()

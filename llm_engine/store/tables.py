@@ -1,0 +1,108 @@
+"""The tables. A change here needs a migration; tests/stores compares the two.
+
+Times are unix seconds. What only one dialect knows of a record lies in its `extras`.
+"""
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Boolean,
+    Column,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    Text,
+    UniqueConstraint,
+)
+from sqlalchemy.dialects.postgresql import DOUBLE_PRECISION
+
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+_Time = Float(53).with_variant(DOUBLE_PRECISION(), "postgresql")
+_Serial = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers only INTEGER keys itself
+
+#: One row: which database this is. Processes that must share a store compare it.
+identity = Table("identity", metadata, Column("id", String(40), primary_key=True))
+
+keys = Table(
+    "keys",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("owner", String(100), nullable=False, index=True),
+    Column("name", String(100), nullable=False),
+    Column("digest", LargeBinary(32), nullable=False, unique=True),  # SHA-256 of the key
+    Column("prefix", String(20), nullable=False),  # what may be shown of it
+    Column("scopes", JSON, nullable=False),
+    Column("created_at", _Time, nullable=False),
+    Column("expires_at", _Time),
+    Column("revoked_at", _Time),
+)
+
+endpoints = Table(
+    "endpoints",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("name", String(200), nullable=False, unique=True),
+    Column("owner", String(100), nullable=False, index=True),
+    Column("origin", String(20), nullable=False),  # api | config
+    Column("spec", JSON, nullable=False),  # EndpointSettings
+    Column("extras", JSON, nullable=False),
+    Column("state", String(30), nullable=False),
+    Column("reason", Text),
+    Column("settled", Boolean, nullable=False),  # the last operation has come to its end
+    Column("revision", Integer, nullable=False),  # counts changes: what compare-and-set compares
+    Column("declared", String(40)),  # the configuration's own version, as last applied
+    Column("deployed", String(40)),  # the generation that was last handed to the cluster
+    Column("phases", JSON),  # seconds of each phase of the last start
+    Column("created_at", _Time, nullable=False),
+    Column("requested_at", _Time, nullable=False),  # when the last operation was accepted
+    Column("updated_at", _Time, nullable=False),
+)
+
+models = Table(
+    "models",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("owner", String(100), nullable=False),
+    Column("name", String(200), nullable=False),
+    Column("model", String(200)),
+    Column("url", String(1024)),
+    Column("sealed_key", LargeBinary),  # the upstream's key, encrypted
+    Column("max_token_count", Integer),
+    Column("max_output_token_count", Integer),
+    Column("fallback", String(200)),
+    Column("public", Boolean, nullable=False),
+    Column("created_at", _Time, nullable=False),
+    Column("updated_at", _Time, nullable=False),
+    UniqueConstraint("owner", "name"),
+)
+
+events = Table(
+    "events",
+    metadata,
+    Column("id", _Serial, primary_key=True, autoincrement=True),
+    Column("subject", String(40), nullable=False),  # a record's id
+    Column("at", _Time, nullable=False),
+    Column("kind", String(40), nullable=False),
+    Column("message", Text),
+    Index(None, "subject", "id"),
+)
+
+#: How long earlier starts took, by what was started: where an ETA comes from.
+starts = Table(
+    "starts",
+    metadata,
+    Column("id", _Serial, primary_key=True, autoincrement=True),
+    Column("signature", String(40), nullable=False, index=True),
+    Column("at", _Time, nullable=False),
+    Column("seconds", _Time, nullable=False),
+)
