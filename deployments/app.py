@@ -1,10 +1,10 @@
 """The wiring: read this file first.
 
     client ──▶ Ingress ──private HTTP──▶ the engine of an EngineReplica
-                  ▲ who serves what           │ load, health
-                  └──────── ModelRouter ◀─────┘
-                                ▲ state of each endpoint
-                            Controller ── deploys one application per endpoint ──▶ Ray Serve
+     │            ▲ who serves what           │ load, health
+     │            └──────── ModelRouter ◀─────┘
+     │                          ▲ state of each endpoint, keys, registered models
+     └──▶ Store (SQL) ──▶ Controller ── one application per endpoint ──▶ Ray Serve
 
 `build` makes the gateway application: `serve run deployments.app:build config=llm-engine.yaml`,
 the import path of serve.yaml, and what `llm-engine up` runs. The engines' applications are made by
@@ -32,7 +32,8 @@ def build(args: dict[str, Any]) -> serve.Application:
     settings.check_exposure()
     gateway = settings.gateway
     router = ModelRouter.bind()
-    controller = Controller.options(user_config=endpoints_config(settings)).bind(router)
+    shared = settings.model_copy(update={"endpoints": ()})
+    controller = Controller.options(user_config=endpoints_config(settings)).bind(shared, router)
     return Ingress.options(
         ray_actor_options={"num_cpus": gateway.num_cpus},
         # Room to spare: the gateway itself says no first, in OpenAI's words.
@@ -44,7 +45,7 @@ def build(args: dict[str, Any]) -> serve.Application:
             "max_replicas": gateway.max_replicas,
             "target_ongoing_requests": gateway.target_in_flight,
         },
-    ).bind(settings.model_copy(update={"endpoints": ()}), router, controller)
+    ).bind(shared, router, controller)
 
 
 def settings_from(args: dict[str, Any]) -> Settings:

@@ -1,28 +1,40 @@
 """Controller: makes the cluster's applications match the wanted endpoints; says how each one is.
 
-The only writer of endpoint status. Serve calls here are blocking, so they run in threads.
+What is wanted stands in the store: what clients have created there, and what the configuration
+declares. The only writer of endpoint status, and of the directory of keys and models that the
+ingress replicas have in memory. Calls of Serve and of the store are blocking, so they run in
+threads.
 """
 
 import asyncio
 import contextlib
-import hashlib
 import logging
-import re
 import time
 from collections import defaultdict
+from dataclasses import asdict, replace
+from statistics import median
 from typing import Any
 
-import ray
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview
 
 from deployments import replica
-from deployments.engine import build_endpoint, replica_resources
-from llm_engine.config import EndpointSettings
-from llm_engine.endpoints import Observed, derive, generation
-from llm_engine.records import EndpointStatus, ReplicaReport
-from llm_engine.statuses import EndpointState, ReplicaState
+from deployments.engine import NAME, build_endpoint
+from deployments.tended import (
+    PROVISIONAL,
+    Nodes,
+    Tended,
+    alive_nodes,
+    application_name,
+    total,
+)
+from llm_engine.config import EndpointSettings, Settings
+from llm_engine.endpoints import OPERATOR, derive, signature
+from llm_engine.errors import LLMEngineError, StoreUnavailable
+from llm_engine.records import EndpointRecord, EndpointStatus, ReplicaReport
+from llm_engine.statuses import EndpointState
+from llm_engine.store.sql import Store
 
 logger = logging.getLogger("ray.serve")
 
@@ -30,41 +42,64 @@ logger = logging.getLogger("ray.serve")
 #: while all is as it should be.
 BUSY_PERIOD_S = 0.5
 QUIET_PERIOD_S = 3.0
-#: An application found running waits this long for its replicas to say which version they are.
-ADOPTION_S = 30.0
-#: A failed start is tried again after this long, and after twice as long each time.
-FIRST_RETRY_S, LONGEST_RETRY_S = 30.0, 600.0
-Nodes = list[dict[str, float]]  # the resources of each node that is alive
+#: The store is read anew after so long, even where it says that nothing has changed.
+REREAD_S = 15.0
+Applications = dict[str, ApplicationStatusOverview]
 
 
-@serve.deployment(num_replicas=1, ray_actor_options={"num_cpus": 0})
+@serve.deployment(num_replicas=1, max_ongoing_requests=10_000, ray_actor_options={"num_cpus": 0})
 class Controller:
-    def __init__(self, router: DeploymentHandle) -> None:
+    def __init__(self, settings: Settings, router: DeploymentHandle) -> None:
         replica.prepare()
+        self._settings = settings
         self._router = router
         self._gateway = serve.get_replica_context().app_name
-        self._wanted: dict[str, EndpointSettings] = {}
-        self._told = asyncio.Event()  # what is wanted: before that, nothing may be deleted
-        self._deployed: dict[str, str] = {}  # endpoint -> generation
-        self._problems: dict[str, str] = {}  # endpoint -> why it could not be deployed
-        self._retries: dict[str, Retry] = {}
-        self._created: dict[str, int] = {}
-        self._reports: dict[str, list[ReplicaReport]] = {}
+        self._store = Store(settings.store_url)
+        self._identity: str | None = None  # of the store, once it has answered
+        self._declared: list[EndpointSettings] = []
+        self._undeclared = False  # the store does not know yet what is declared
+        self._told = asyncio.Event()  # what is declared: before that, nothing may be deleted
+        self._mark: tuple[int, int] | None = None
+        self._read_at = 0.0
+        self._directory_mark: tuple[object, ...] | None = None
+        self._told_at = 0.0
+        self._usual: dict[str, list[float]] = {}
+        self._tended: dict[str, Tended] = {}
         self._states: dict[str, EndpointState] = {}
-        self._began = time.monotonic()
         self._hurry = asyncio.Event()
         self._loop = asyncio.get_event_loop().create_task(self._run())
 
+    # -- what others tell it
+
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """A changed set of endpoints, without restarting anything but what changed."""
-        endpoints = [EndpointSettings.model_validate(raw) for raw in user_config["endpoints"]]
-        self._wanted = {endpoint.name: endpoint for endpoint in endpoints}
+        """A changed set of declared endpoints, without restarting anything but what changed."""
+        self._declared = [EndpointSettings.model_validate(e) for e in user_config["endpoints"]]
+        self._undeclared = True
         self._told.set()
         self._hurry.set()
+
+    async def nudge(self) -> None:
+        """The store has changed: look now."""
+        self._mark = None
+        self._hurry.set()
+
+    async def wake(self, endpoint: str, ingress: str, held: int) -> None:
+        """An ingress replica holds so many requests for an endpoint without replicas."""
+        tended = self._tended.get(endpoint)
+        if tended is not None:
+            tended.hold(ingress, held)
+            if tended.scaler.target == 0:
+                self._hurry.set()
+
+    async def identity(self) -> str | None:
+        """Of the store that this controller reads; None while it has not answered."""
+        return self._identity
 
     async def check_health(self) -> None:
         if self._loop.done():
             raise RuntimeError("the controller's loop ended")
+
+    # -- its loop
 
     async def _run(self) -> None:
         await self._told.wait()
@@ -72,142 +107,234 @@ class Controller:
             quiet = False
             self._hurry.clear()
             try:
-                quiet = await self._reconcile()
+                quiet = await self._look()
             except Exception:
                 logger.exception("reconciling failed; trying again")
             with contextlib.suppress(TimeoutError):
                 period = QUIET_PERIOD_S if quiet else BUSY_PERIOD_S
                 await asyncio.wait_for(self._hurry.wait(), period)
 
-    async def _reconcile(self) -> bool:
-        """One look at the cluster. True when every endpoint has what it wants."""
+    async def _look(self) -> bool:
+        """One look at everything. True when every endpoint has what it wants."""
+        await self._read_store()
         status = await asyncio.to_thread(serve.status)
         applications = status.applications
         nodes = await asyncio.to_thread(alive_nodes)
-        wanted = dict(self._wanted)
-        for settings in wanted.values():
-            await self._try_to_deploy(settings, applications, nodes)
-        for application in applications.keys() - {self._application(name) for name in wanted}:
-            if application.startswith(f"{self._gateway}."):
-                await self._delete(application, applications[application])
-        statuses = [self._status(s, applications, nodes) for s in wanted.values()]
-        for each in statuses:
-            self._log_change(each)
+        tended = list(self._tended.values())
+        for each in tended:
+            await self._tend(each, applications, nodes)
+        await self._delete_others(applications)
+        statuses = []
+        for each in tended:
+            told = await self._status(each, applications, nodes)
+            self._log_change(told)
+            statuses.append(told)
         reports = await asyncio.wait_for(self._router.set_endpoints.remote(statuses), 10)
-        grouped: dict[str, list[ReplicaReport]] = defaultdict(list)
-        for report in reports:
-            grouped[report.endpoint].append(report)
-        self._reports = grouped
+        self._hear(reports)
         return all(
-            status.state is EndpointState.READY and status.replicas_ready >= status.replicas_wanted
-            for status in statuses
+            each.record.settled
+            and told.state is EndpointState.READY
+            and told.replicas_ready >= told.replicas_wanted
+            for each, told in zip(tended, statuses, strict=True)
         )
 
-    async def _try_to_deploy(
-        self,
-        settings: EndpointSettings,
-        applications: dict[str, ApplicationStatusOverview],
-        nodes: Nodes,
-    ) -> None:
-        """What is wrong with one endpoint must not keep the others from being looked after."""
-        name = settings.name
+    # -- the store
+
+    async def _read_store(self) -> None:
+        """What is wanted; where the store is silent, what was known stays."""
         try:
-            self._retry_if_due(name, applications.get(self._application(name)))
-            await self._deploy_if_changed(settings, applications, nodes)
-            self._problems.pop(name, None)
+            if self._identity is None:
+                self._identity = await asyncio.to_thread(self._store.database.migrate)
+            if self._undeclared:
+                await self._declare()
+            for tended in self._tended.values():
+                await self._save_deployed(tended)
+            mark = await asyncio.to_thread(self._store.mark)
+            if mark != self._mark or time.monotonic() - self._read_at > REREAD_S:
+                self._take(await asyncio.to_thread(self._store.endpoints.all))
+                self._usual = await asyncio.to_thread(self._store.endpoints.starts)
+                self._mark, self._read_at = mark, time.monotonic()
+            await self._tell_directory()
+        except StoreUnavailable as error:
+            logger.warning("%s", error)
+            if self._identity is None:
+                self._take([_provisional(settings) for settings in self._declared])
+
+    async def _tell_directory(self) -> None:
+        mark = await asyncio.to_thread(self._store.directory_mark)
+        if mark != self._directory_mark or time.monotonic() - self._told_at > REREAD_S:
+            directory = await asyncio.to_thread(self._store.directory)
+            await asyncio.wait_for(self._router.set_directory.remote(directory), 10)
+            self._directory_mark, self._told_at = mark, time.monotonic()
+
+    async def _save_deployed(self, tended: Tended) -> None:
+        """Which version the cluster has; kept in memory until the store has it."""
+        if tended.unsaved:
+            deployed = tended.record.deployed
+            assert deployed is not None
+            await asyncio.to_thread(self._store.endpoints.note_deployed, tended.record.id, deployed)
+            tended.unsaved = False
+
+    async def _declare(self) -> None:
+        taken = await asyncio.to_thread(self._store.endpoints.declare, self._declared)
+        for name in taken:
+            logger.warning(
+                "the configuration declares an endpoint '%s', but a client has made one of that "
+                "name; it stays. Delete it, and the declared one takes its place",
+                name,
+            )
+        self._undeclared = False
+        self._mark = None
+
+    def _take(self, records: list[EndpointRecord]) -> None:
+        for record in records:
+            known = self._tended.get(record.name)
+            if known is not None and known.record.id == record.id:
+                known.take(record)
+            elif known is not None and known.provisional:
+                known.become(record)
+            else:
+                limit = self._settings.gateway.resources_timeout_s
+                self._tended[record.name] = Tended(record, limit)
+        for name in self._tended.keys() - {record.name for record in records}:
+            del self._tended[name]
+
+    # -- the cluster
+
+    async def _tend(self, tended: Tended, applications: Applications, nodes: Nodes) -> None:
+        """What is wrong with one endpoint must not keep the others from being looked after."""
+        application = application_name(self._gateway, tended.record.name)
+        running = applications.get(application)
+        try:
+            if tended.record.state is EndpointState.DELETE_IN_PROGRESS:
+                await self._delete(tended, application, running)
+                return
+            if running is not None:
+                tended.adopt(running)
+            wanted = tended.replicas()
+            if self._must_deploy(tended, running):
+                await self._deploy(tended, application, nodes, max(1, wanted))
+            elif running is not None and running.status is not ApplicationStatus.DELETING:
+                if tended.applied != wanted:
+                    logger.info("scaling %s from %s to %s", application, tended.applied, wanted)
+                    await replica.scale(application, NAME, wanted)
+                    if tended.applied == 0:
+                        tended.began_at = time.time()
+                    tended.applied = wanted
+            tended.problem = None
+        except StoreUnavailable as error:
+            logger.warning("%s", error)
         except Exception as error:
-            logger.exception("endpoint %s cannot be deployed", name)
-            self._problems[name] = f"it cannot be deployed: {error}"
+            logger.exception("endpoint %s cannot be deployed", tended.record.name)
+            tended.problem = f"it cannot be deployed: {error}"
 
-    def _retry_if_due(self, name: str, running: ApplicationStatusOverview | None) -> None:
-        """Serve gives up after a few attempts; the cause (memory, a hub) may have passed since."""
-        ready = any(r.state is ReplicaState.READY for r in self._reports.get(name, ()))
-        failed = running is not None and running.status is ApplicationStatus.DEPLOY_FAILED
-        if ready:
-            self._retries.pop(name, None)
-        if ready or not failed or self._deployed.get(name) != generation(self._wanted[name]):
-            return
-        retry = self._retries.setdefault(name, Retry())
-        if retry.due():
-            logger.info("endpoint %s failed to start; trying again", name)
-            del self._deployed[name]
+    def _must_deploy(self, tended: Tended, running: ApplicationStatusOverview | None) -> bool:
+        if running is None:
+            return True
+        if self._identity is None or running.status is ApplicationStatus.DELETING:
+            return False  # which version it has is in the store
+        return tended.record.deployed != tended.version or tended.retry_is_due(running)
 
-    async def _deploy_if_changed(
-        self,
-        settings: EndpointSettings,
-        applications: dict[str, ApplicationStatusOverview],
-        nodes: Nodes,
-    ) -> None:
-        name, wanted = settings.name, generation(settings)
-        running = applications.get(self._application(name))
-        if running is not None and name not in self._deployed and not self._adopt(name, running):
-            return
-        if running is not None and self._deployed.get(name) == wanted:
-            return
-        logger.info("deploying endpoint %s (generation %s)", name, wanted)
-        target = build_endpoint(settings, wanted, self._gateway, total(nodes, "GPU") > 0)
-        self._created.setdefault(name, int(time.time()))
+    async def _deploy(self, tended: Tended, application: str, nodes: Nodes, replicas: int) -> None:
+        logger.info("deploying %s (generation %s)", application, tended.version)
+        target = build_endpoint(
+            tended.settings, tended.version, self._gateway, total(nodes, "GPU") > 0, replicas
+        )
+        tended.deployed_at = tended.began_at = time.time()
+        tended.applied = replicas
         await asyncio.to_thread(
             serve.run_many,
-            [serve.RunTarget(target=target, name=self._application(name), route_prefix=None)],
+            [
+                serve.RunTarget(
+                    target=target,
+                    name=application,
+                    route_prefix=None,
+                    external_scaler_enabled=True,
+                )
+            ],
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )
-        self._deployed[name] = wanted
+        # Only now: were we killed in between, the next controller would deploy it again.
+        tended.record = replace(tended.record, deployed=tended.version)
+        tended.unsaved = True
+        if self._identity is not None:
+            await self._save_deployed(tended)
 
-    def _adopt(self, name: str, running: ApplicationStatusOverview) -> bool:
-        """Learn which version a running application has: this controller did not deploy it.
+    async def _delete(
+        self, tended: Tended, application: str, running: ApplicationStatusOverview | None
+    ) -> None:
+        if running is None:
+            await asyncio.to_thread(self._store.endpoints.remove, tended.record)
+            self._tended.pop(tended.record.name, None)
+            self._undeclared = True  # the configuration may have waited for the name
+        elif running.status is not ApplicationStatus.DELETING:
+            logger.info("deleting %s", application)
+            await asyncio.to_thread(serve.delete, application, _blocking=False)
 
-        False while that is not known yet; redeploying would restart its replicas for nothing.
-        """
-        self._created.setdefault(name, int(running.last_deployed_time_s))
-        alive = (ReplicaState.STARTING, ReplicaState.READY)
-        reports = [r for r in self._reports.get(name, ()) if r.state in alive]
-        if reports:
-            # In the middle of an update the newer version is the one that starts.
-            starting = [r for r in reports if r.state is ReplicaState.STARTING]
-            self._deployed[name] = (starting or reports)[-1].generation
-            return True
-        given_up = running.status is ApplicationStatus.DEPLOY_FAILED
-        return given_up or time.monotonic() - self._began > ADOPTION_S
-
-    async def _delete(self, application: str, running: ApplicationStatusOverview) -> None:
-        if running.status is ApplicationStatus.DELETING:
+    async def _delete_others(self, applications: Applications) -> None:
+        """Applications of this gateway that no record asks for."""
+        if self._identity is None or self._mark is None:
             return
-        logger.info("deleting %s", application)
-        for name in [n for n in self._created if self._application(n) == application]:
-            for known in (self._deployed, self._created, self._problems, self._retries):
-                known.pop(name, None)
-        await asyncio.to_thread(serve.delete, application, _blocking=False)
+        wanted = {application_name(self._gateway, name) for name in self._tended}
+        for application in applications.keys() - wanted:
+            deleting = applications[application].status is ApplicationStatus.DELETING
+            if application.startswith(f"{self._gateway}.") and not deleting:
+                logger.info("deleting %s, which nobody wants", application)
+                await asyncio.to_thread(serve.delete, application, _blocking=False)
 
-    def _status(
-        self,
-        settings: EndpointSettings,
-        applications: dict[str, ApplicationStatusOverview],
-        nodes: Nodes,
+    # -- status
+
+    def _hear(self, reports: list[ReplicaReport]) -> None:
+        grouped: dict[str, list[ReplicaReport]] = defaultdict(list)
+        for report in reports:
+            grouped[report.endpoint].append(report)
+        for name, tended in self._tended.items():
+            tended.hear(grouped.get(name, ()))
+
+    async def _status(
+        self, tended: Tended, applications: Applications, nodes: Nodes
     ) -> EndpointStatus:
-        running = applications.get(self._application(settings.name))
-        deployment = running.deployments.get("EngineReplica") if running else None
-        counts = deployment.replica_states if deployment else {}
-        seen = Observed(
-            reports=self._reports.get(settings.name, ()),
-            deployed=running is not None,
-            failed=running is not None and running.status is ApplicationStatus.DEPLOY_FAILED,
-            problem=self._problems.get(settings.name),
-            generation=generation(settings),
-            message=(deployment.message if deployment else "")
-            or (running.message if running else ""),
-            lacking=lacking(settings, nodes),
-            replicas_wanted=max(
-                sum(n for state, n in counts.items() if state != "STOPPING"),
-                settings.autoscaling.min_replicas,
-            ),
-        )
-        created = self._created.setdefault(settings.name, int(time.time()))
-        return derive(settings, seen, created)
+        running = applications.get(application_name(self._gateway, tended.record.name))
+        usual = self._usual.get(signature(tended.settings))
+        seen = tended.observe(running, nodes, median(usual) if usual else None)
+        status = derive(tended.record, tended.settings, seen, time.time())
+        await self._persist(tended, status)
+        return status
 
-    def _application(self, endpoint: str) -> str:
-        return application_name(self._gateway, endpoint)
+    async def _persist(self, tended: Tended, status: EndpointStatus) -> None:
+        """Write what has changed; where the store is silent, the next look tries again."""
+        record = tended.record
+        ended = status.state in (EndpointState.READY, EndpointState.UPDATE_FAILED)
+        settled = record.settled or ended
+        phases = None if status.phases.queued is None else asdict(status.phases)
+        if self._identity is None or (
+            status.state is record.state
+            and status.reason == record.reason
+            and settled == record.settled
+            and (record.settled or not settled or phases == record.phases)
+        ):
+            return
+        try:
+            changed = await asyncio.to_thread(
+                self._store.endpoints.observe, record, status.state, status.reason, settled, phases
+            )
+            if changed is None:  # somebody asked for something else: read that first
+                self._mark = None
+                self._hurry.set()
+                return
+            tended.record = changed
+            spent = status.phases.total
+            first = settled and not record.settled and status.state is EndpointState.READY
+            if first and spent is not None and status.phases.queued is not None:
+                await asyncio.to_thread(
+                    self._store.endpoints.add_start,
+                    signature(tended.settings),
+                    spent - status.phases.queued,
+                )
+                self._usual = await asyncio.to_thread(self._store.endpoints.starts)
+        except LLMEngineError as error:
+            logger.warning("%s", error)
 
     def _log_change(self, status: EndpointStatus) -> None:
         if self._states.get(status.name) is not status.state:
@@ -215,47 +342,17 @@ class Controller:
             logger.info("endpoint %s is %s %s", status.name, status.state, status.reason or "")
 
 
-class Retry:
-    """When a failed start is tried again."""
-
-    def __init__(self) -> None:
-        self._wait = FIRST_RETRY_S
-        self._at = time.monotonic() + self._wait
-
-    def due(self) -> bool:
-        """True once each time the wait is over; the next wait is twice as long."""
-        if time.monotonic() < self._at:
-            return False
-        self._wait = min(2 * self._wait, LONGEST_RETRY_S)
-        self._at = time.monotonic() + self._wait
-        return True
-
-
-def application_name(gateway: str, endpoint: str) -> str:
-    """A Serve application's name: plain characters, no two endpoints share one, and it tells
-    whose endpoint it is: two gateways on a cluster must leave each other's alone."""
-    plain = re.sub(r"[^A-Za-z0-9._-]", "-", endpoint)
-    if plain != endpoint:
-        plain += "-" + hashlib.sha256(endpoint.encode()).hexdigest()[:6]
-    return f"{gateway}.{plain}"
-
-
-def alive_nodes() -> Nodes:
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def total(nodes: Nodes, kind: str) -> float:
-    return sum(node.get(kind, 0) for node in nodes)
-
-
-def lacking(settings: EndpointSettings, nodes: Nodes) -> str | None:
-    """What one replica needs and cannot get, in words. A replica lives on one node."""
-    gpus, cpus = replica_resources(settings, total(nodes, "GPU") > 0)
-    short = []
-    for kind, amount in (("GPU", gpus), ("CPU", cpus)):
-        largest = max((node.get(kind, 0) for node in nodes), default=0)
-        if amount > total(nodes, kind):
-            short.append(f"needs {amount:g} {kind}s, the cluster has {total(nodes, kind):g}")
-        elif amount > largest:
-            short.append(f"needs {amount:g} {kind}s on one node, the largest has {largest:g}")
-    return "; ".join(short) or None
+def _provisional(settings: EndpointSettings) -> EndpointRecord:
+    """A declared endpoint while the store has never answered: served, and written nowhere."""
+    now = time.time()
+    return EndpointRecord(
+        id=f"{PROVISIONAL}{settings.name}",
+        name=settings.name,
+        owner=OPERATOR,
+        origin="config",
+        spec=settings.model_dump(mode="json"),
+        state=EndpointState.UPDATE_PENDING,
+        created_at=now,
+        requested_at=now,
+        updated_at=now,
+    )

@@ -12,7 +12,6 @@ from typing import Any
 
 import ray
 from ray import serve
-from ray.serve.config import AutoscalingConfig, AutoscalingContext, AutoscalingPolicy
 from ray.serve.handle import DeploymentHandle
 
 from deployments import replica
@@ -24,7 +23,8 @@ from llm_engine.statuses import ReplicaState
 
 logger = logging.getLogger("ray.serve")
 
-QUEUE_DEPTH = "queue_depth"
+#: The one deployment of an endpoint's application.
+NAME = "EngineReplica"
 #: After its last report says DRAINING, ingress replicas may still send for as long as this.
 FAREWELL_S = 1.0
 #: Probes of an engine's load that may fail in a row before it is taken for hung.
@@ -45,6 +45,7 @@ class EngineReplica:
             replica=serve.get_replica_context().replica_id.unique_id,
             generation=generation,
             state=ReplicaState.STARTING,
+            began_at=time.time(),
         )
         self._missed = 0
         self._reporting = asyncio.create_task(self._keep_reporting())
@@ -59,6 +60,8 @@ class EngineReplica:
             raise RuntimeError(reason) from None
         await self._tell(
             state=ReplicaState.READY,
+            loaded_at=self._engine.loaded_at,
+            ready_at=time.time(),
             host=address.host,
             port=address.port,
             secret=address.secret,
@@ -72,9 +75,6 @@ class EngineReplica:
         if self._reporting.done():
             raise RuntimeError("it no longer reports to the router")
         await self._engine.check_health()
-
-    async def record_autoscaling_stats(self) -> dict[str, float]:
-        return {QUEUE_DEPTH: self._report.load.depth}
 
     async def __del__(self) -> None:
         """Serve's graceful shutdown: finish what is running, then end the engine."""
@@ -104,6 +104,8 @@ class EngineReplica:
         while True:
             if self._report.state in (ReplicaState.READY, ReplicaState.DRAINING):
                 await self._observe()
+            elif self._report.loaded_at != self._engine.loaded_at:
+                self._report = replace(self._report, loaded_at=self._engine.loaded_at)
             interval = await self._call_router("report", self._report) or interval
             await asyncio.sleep(interval)
 
@@ -133,21 +135,17 @@ class EngineReplica:
             return None
 
 
-def scale_on_queue_depth(context: AutoscalingContext) -> tuple[int, dict[str, Any]]:
-    """As many replicas as the engines' own queues ask for: sum of depths over the target depth."""
-    depths = context.aggregated_metrics.get(QUEUE_DEPTH, {})
-    target = context.config.get_target_ongoing_requests()
-    wanted = -(-sum(depths.values()) // target)  # rounded up
-    low, high = context.capacity_adjusted_min_replicas, context.capacity_adjusted_max_replicas
-    return int(min(max(wanted, low), high)), {}
-
-
 def build_endpoint(
-    settings: EndpointSettings, generation: str, gateway: str, cluster_has_gpus: bool
+    settings: EndpointSettings,
+    generation: str,
+    gateway: str,
+    cluster_has_gpus: bool,
+    replicas: int,
 ) -> serve.Application:
-    """The Serve application of one endpoint."""
+    """The Serve application of one endpoint. The controller changes the number of replicas."""
     gpus, cpus = replica_resources(settings, cluster_has_gpus)
     options: dict[str, Any] = {
+        "num_replicas": replicas,
         "ray_actor_options": {"num_cpus": cpus, "num_gpus": gpus},
         "health_check_period_s": 1,
         "health_check_timeout_s": 30,
@@ -161,20 +159,6 @@ def build_endpoint(
         bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
         options["placement_group_bundles"] = [bundle]
         options["placement_group_strategy"] = "STRICT_PACK"
-    scaling = settings.autoscaling
-    if scaling.min_replicas == scaling.max_replicas:
-        options["num_replicas"] = scaling.min_replicas
-    else:
-        options["autoscaling_config"] = AutoscalingConfig(
-            min_replicas=scaling.min_replicas,
-            max_replicas=scaling.max_replicas,
-            target_ongoing_requests=scaling.target_queue_depth,
-            upscale_delay_s=scaling.upscale_delay_s,
-            downscale_delay_s=scaling.downscale_delay_s,
-            metrics_interval_s=1,
-            look_back_period_s=3,
-            policy=AutoscalingPolicy(policy_function=scale_on_queue_depth),
-        )
     return EngineReplica.options(**options).bind(settings, generation, gateway)
 
 

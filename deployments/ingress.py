@@ -1,6 +1,7 @@
 """Ingress: HTTP in, HTTP out. A thin shell that keeps the gateway's picture of things fresh."""
 
 import asyncio
+import contextlib
 import logging
 from typing import Any
 
@@ -9,17 +10,19 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments import replica
 from llm_engine.api.app import Gateway, build_app
-from llm_engine.config import Settings
+from llm_engine.config import ENV_STORE, Settings
 from llm_engine.errors import Unavailable
-from llm_engine.records import RoutingTable
+from llm_engine.records import Directory, RoutingTable
 from llm_engine.routing import Balancer
 from llm_engine.services import Services
+from llm_engine.store.sql import Store
 
 logger = logging.getLogger("ray.serve")
 
 RETRY_S = 0.5
 CALL_TIMEOUT_S = 30.0
 FIRST_TABLE_TRIES = 10
+Picture = tuple[RoutingTable, Directory | None]
 
 
 @serve.deployment
@@ -31,16 +34,21 @@ class Ingress:
         replica.prepare()
         replica.check_exposure(settings)
         self._router = router
+        self._controller = controller
         self._name = serve.get_replica_context().replica_id.unique_id
         self._services = Services(
             settings=settings,
             balancer=Balancer(settings.gateway.retry_after_s),
+            store=Store(settings.store_url),
+            wake=self._wake,
+            nudge=self._nudge,
             all_metrics=self._all_metrics,
             describe_replicas=self._describe_replicas,
             tell_request_id=False,
         )
+        await self._check_store()
         # The first picture is awaited: a gateway that is up knows its endpoints.
-        self._services.balancer.update(await self._first_table())
+        self._services.update(*await self._first_table())
         self._following = asyncio.create_task(self._follow())
 
     def __serve_build_asgi_app__(self) -> Gateway:
@@ -50,16 +58,31 @@ class Ingress:
         if self._following.done():
             raise RuntimeError("the ingress no longer follows the router")
 
+    async def _check_store(self) -> None:
+        """Refuse to work on a store that only this node has."""
+        store = self._services.store
+        try:
+            others = await asyncio.wait_for(self._controller.identity.remote(), CALL_TIMEOUT_S)
+            ours = await asyncio.to_thread(store.database.identity)
+        except Exception as error:  # whoever is silent now can't be compared
+            logger.warning("cannot compare this node's store with the controller's: %s", error)
+            return
+        if others is not None and ours != others:
+            raise RuntimeError(
+                f"this node's store {store.database.shown} is not the controller's. A gateway on "
+                f"several nodes needs PostgreSQL: set {ENV_STORE} on every node."
+            )
+
     async def _follow(self) -> None:
         while True:
             try:
-                self._services.balancer.update(await self._next_table())
+                self._services.update(*await self._next_table())
             except Exception as error:
                 # What was known stays good: engines serve on while the router restarts.
                 logger.warning("the router does not answer, going on with what is known: %s", error)
                 await asyncio.sleep(RETRY_S)
 
-    async def _first_table(self) -> RoutingTable:
+    async def _first_table(self) -> Picture:
         for _ in range(FIRST_TABLE_TRIES):
             try:
                 return await self._next_table()
@@ -68,10 +91,11 @@ class Ingress:
                 await asyncio.sleep(RETRY_S)
         return await self._next_table()
 
-    async def _next_table(self) -> RoutingTable:
+    async def _next_table(self) -> Picture:
         known = self._services.balancer.table.version
+        directory = self._services.catalog.directory.version
         samples = self._services.metrics.samples()
-        call = self._router.watch.remote(known, self._name, samples)
+        call = self._router.watch.remote(known, directory, self._name, samples)
         return await asyncio.wait_for(call, CALL_TIMEOUT_S)
 
     async def _all_metrics(self) -> bytes | None:
@@ -79,6 +103,21 @@ class Ingress:
 
     async def _describe_replicas(self) -> list[dict[str, Any]]:
         return await self._ask_router("describe")
+
+    async def _wake(self, endpoint: str, held: int) -> None:
+        await self._tell_controller("wake", endpoint, self._name, held)
+
+    async def _nudge(self) -> None:
+        """It looks by itself every few seconds; this is for those who can't wait."""
+        with contextlib.suppress(Unavailable):
+            await self._tell_controller("nudge")
+
+    async def _tell_controller(self, method: str, *args: Any) -> None:
+        try:
+            await asyncio.wait_for(getattr(self._controller, method).remote(*args), 5)
+        except Exception as error:
+            logger.warning("the controller does not answer a %s: %s", method, error)
+            raise Unavailable("The controller is restarting.") from None
 
     async def _ask_router(self, method: str, *args: Any) -> Any:
         try:

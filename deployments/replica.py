@@ -5,6 +5,7 @@ import logging
 
 import ray
 import ray.serve._private.replica as serve_replica
+from ray.serve._private.common import DeploymentID
 from ray.serve.context import _get_global_client
 
 from llm_engine.config import Settings
@@ -37,6 +38,18 @@ def keep_grpc_on_loopback() -> None:
         return original(server, address.replace("[::]", "127.0.0.1"))
 
     serve_replica.add_port_to_grpc_server = on_loopback
+
+
+async def scale(application: str, deployment: str, replicas: int) -> None:
+    """Change the number of replicas without restarting any. Raises what Serve raises.
+
+    Serve's public way is a route of the dashboard, whose address and token a replica isn't told;
+    this is the call behind it. Private, so: it is here only, and the scaling tests of tests/serve
+    fail without it.
+    """
+    client = _get_global_client()
+    wanted = DeploymentID(name=deployment, app_name=application)
+    await client._controller.update_deployment_replicas.remote(wanted, replicas)
 
 
 def check_exposure(settings: Settings) -> None:

@@ -16,7 +16,7 @@ from ray import serve
 from deployments import replica
 from llm_engine import metrics
 from llm_engine.metrics import EngineTotals, Merger, Samples
-from llm_engine.records import EndpointStatus, Load, ReplicaReport, RoutingTable
+from llm_engine.records import Directory, EndpointStatus, Load, ReplicaReport, RoutingTable
 from llm_engine.statuses import ReplicaState
 
 REPORT_INTERVAL_S = 0.5
@@ -42,6 +42,7 @@ class ModelRouter:
         self._endpoints: dict[str, EndpointStatus] = {}
         self._endpoints_at: float | None = None  # when the controller was first heard
         self._table = RoutingTable(version=time.time_ns())  # ahead of any earlier router's
+        self._directory = Directory()
         self._changed = asyncio.Event()
         self._informed = asyncio.Event()  # both the controller and the replicas have been heard
         self._dirty = False
@@ -80,8 +81,16 @@ class ModelRouter:
             self._redraw()
         return list(self._reports.values())
 
-    async def watch(self, known: int, ingress: str, samples: Samples) -> RoutingTable:
-        """The next picture after version `known`, or the same one after WATCH_S.
+    async def set_directory(self, directory: Directory) -> None:
+        """The controller's word on keys and registered models."""
+        self._directory = directory
+        self._announce()
+
+    async def watch(
+        self, known: int, known_directory: int, ingress: str, samples: Samples
+    ) -> tuple[RoutingTable, Directory | None]:
+        """The next picture after version `known`, or the same one after WATCH_S; the directory
+        only where it is another than `known_directory`.
 
         Takes along what the ingress replica has counted. Raises TimeoutError while this router
         knows too little: an empty picture would make an ingress forget its good one.
@@ -90,12 +99,14 @@ class ModelRouter:
         self._merger.put(ingress, samples)
         self._ingresses[ingress] = time.monotonic()
         await asyncio.wait_for(self._informed.wait(), WATCH_S)
-        if self._table.version == known:
+        if (self._table.version, self._directory.version) == (known, known_directory):
             try:
                 await asyncio.wait_for(self._changed.wait(), WATCH_S)
             except TimeoutError:
                 pass
-        return self._table
+        # Version 0 is no directory at all: this router has just started.
+        fresh = self._directory.version not in (0, known_directory)
+        return self._table, self._directory if fresh else None
 
     async def metrics(self, ingress: str, samples: Samples) -> bytes:
         """The Prometheus text of the whole system."""
@@ -122,6 +133,9 @@ class ModelRouter:
             endpoints=self._endpoints,
             replicas={name: tuple(reports) for name, reports in ready.items()},
         )
+        self._announce()
+
+    def _announce(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
 

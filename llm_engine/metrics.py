@@ -41,6 +41,18 @@ class IngressMetrics:
         self.retries = Counter(
             "llm_engine_retries", "Requests moved to another replica.", ["model"], **on
         )
+        self.fallbacks = Counter(
+            "llm_engine_fallbacks",
+            "Requests that another model answered.",
+            ["model", "answered_by"],
+            **on,
+        )
+        self.upstream_tokens = Counter(
+            "llm_engine_upstream_tokens",
+            "Tokens that external models say they have read (prompt) and made (completion).",
+            ["model", "kind"],
+            **on,
+        )
         self.disconnects = Counter(
             "llm_engine_client_disconnects", "Clients that left early.", ["model"], **on
         )

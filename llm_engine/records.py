@@ -97,6 +97,7 @@ class Scope(StrEnum):
     INFERENCE = "inference"  # send requests to models
     MODELS = "models"  # register aliases and external models
     ENDPOINTS = "endpoints"  # create and change endpoints: as good as running code on the nodes
+    METRICS = "metrics"  # read /metrics, where every endpoint's numbers are
     ADMIN = "admin"  # all of it, for every owner, and keys
 
 

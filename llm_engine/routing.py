@@ -4,12 +4,13 @@ Pure: knows neither Ray nor HTTP. Every ingress replica has a Balancer of its ow
 pushes them the same RoutingTable.
 """
 
+import asyncio
 import random
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
 
-from llm_engine.errors import InvalidRequest, NotFound, Overloaded, Unavailable
+from llm_engine.errors import NotFound, Overloaded, Unavailable
 from llm_engine.records import EndpointStatus, ReplicaReport, RoutingTable
 from llm_engine.statuses import EndpointState
 
@@ -27,6 +28,7 @@ class Balancer:
 
     def __init__(self, retry_after_s: int = 5, clock: Callable[[], float] = time.monotonic) -> None:
         self.table = RoutingTable()
+        self.changed = asyncio.Event()  # set, and another one put in its place, at every update
         self._retry_after_s = retry_after_s
         self._clock = clock
         self._in_flight: Counter[str] = Counter()
@@ -45,22 +47,15 @@ class Balancer:
                 del self._in_flight[gone]
         now = self._clock()
         self._suspects = {n: t for n, t in self._suspects.items() if n in known and t > now}
+        self.changed.set()
+        self.changed = asyncio.Event()
 
-    def endpoint(self, model: str, task: str | None = None) -> EndpointStatus:
-        """The endpoint that `model` names. Raises NotFound, or InvalidRequest for another task."""
-        endpoint = self.table.endpoints.get(model)
+    def endpoint(self, name: str) -> EndpointStatus:
+        """Raises NotFound once it is gone."""
+        endpoint = self.table.endpoints.get(name)
         if endpoint is None:
             raise NotFound(
-                f"The model '{model}' does not exist or you do not have access to it.",
-                param="model",
-                code="model_not_found",
-            )
-        if task is not None and endpoint.task != task:
-            does = {"generate": "generates text", "embed": "makes embeddings"}
-            raise InvalidRequest(
-                f"The model '{model}' {does[endpoint.task]}; it cannot serve this path.",
-                param="model",
-                code="model_not_supported",
+                f"The model '{name}' does not exist.", param="model", code="model_not_found"
             )
         return endpoint
 

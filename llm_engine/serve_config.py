@@ -5,14 +5,15 @@ Pure: plain data in, plain data out. API keys never go in; the nodes have them i
 
 from typing import Any
 
-from llm_engine.config import ENV_KEYS, Settings
+from llm_engine.config import ENV_KEYS, ENV_SECRET, ENV_STORE, Settings
 
 #: deployments.app.APP_NAME; a test compares the two.
 APPLICATION = "llm-engine"
 HEADER = f"""\
 # llm-engine on a Ray cluster: serve deploy FILE   (RAY_DASHBOARD_ADDRESS names the cluster)
 # API keys are not in here: give them to every node as {ENV_KEYS}=key1,key2, in the
-# environment of `ray start`.
+# environment of `ray start`. So are {ENV_STORE} (PostgreSQL: one store for all nodes) and
+# {ENV_SECRET} (encrypts the keys of external models), where they hold a secret.
 # To add or change a model, edit user_config.endpoints and deploy again: nothing else restarts.
 """
 
@@ -20,6 +21,12 @@ HEADER = f"""\
 def serve_config(settings: Settings) -> dict[str, Any]:
     gateway = settings.gateway
     told = gateway.model_dump(mode="json", exclude_defaults=True, exclude={"api_keys"})
+    store = settings.store.model_dump(
+        mode="json", exclude_defaults=True, exclude={"secret_key", "url"}
+    )
+    url = settings.store.url
+    if url is not None and not has_password(url):
+        store["url"] = url
     endpoints = [each.model_dump(mode="json", exclude_defaults=True) for each in settings.endpoints]
     return {
         "proxy_location": "EveryNode",
@@ -35,8 +42,12 @@ def serve_config(settings: Settings) -> dict[str, Any]:
                 "route_prefix": "/",
                 "import_path": "deployments.app:build",
                 # Never empty: `build` would then look for a configuration file on the node.
-                "args": {"gateway": told},
+                "args": {"gateway": told} | ({"store": store} if store else {}),
                 "deployments": [{"name": "Controller", "user_config": {"endpoints": endpoints}}],
             }
         ],
     }
+
+
+def has_password(url: str) -> bool:
+    return "@" in url.partition("://")[2].partition("/")[0]

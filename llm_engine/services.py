@@ -4,9 +4,13 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from llm_engine.api.relay import Pool
+from llm_engine.catalog import Catalog
 from llm_engine.config import Settings
 from llm_engine.metrics import IngressMetrics
+from llm_engine.records import Directory, RoutingTable
 from llm_engine.routing import Balancer
+from llm_engine.safe import Safe
+from llm_engine.store.sql import Store
 
 
 async def _own_metrics_only() -> bytes | None:
@@ -17,10 +21,17 @@ async def _no_replicas() -> list[dict]:
     return []
 
 
+async def _nobody_to_tell(*_: object) -> None:
+    return None
+
+
 @dataclass
 class Services:
     settings: Settings
     balancer: Balancer
+    store: Store
+    catalog: Catalog = field(init=False)
+    safe: Safe = field(init=False)
     pool: Pool = field(default_factory=Pool)
     metrics: IngressMetrics = field(default_factory=IngressMetrics)
     #: Whether answers must carry x-request-id themselves; Ray Serve adds it where it is around.
@@ -29,3 +40,18 @@ class Services:
     all_metrics: Callable[[], Awaitable[bytes | None]] = _own_metrics_only
     #: Every replica's own report, as plain data without secrets; for operators.
     describe_replicas: Callable[[], Awaitable[list[dict]]] = _no_replicas
+    #: Says that so many requests are held for an endpoint that sleeps.
+    wake: Callable[[str, int], Awaitable[None]] = _nobody_to_tell
+    #: Says that the store has changed.
+    nudge: Callable[[], Awaitable[None]] = _nobody_to_tell
+
+    def __post_init__(self) -> None:
+        self.catalog = Catalog(self.balancer)
+        self.safe = Safe(self.settings)
+
+    def update(self, table: RoutingTable | None, directory: Directory | None) -> None:
+        """The newest picture; None: as before."""
+        if table is not None:
+            self.balancer.update(table)
+        if directory is not None:
+            self.catalog.update(directory)

@@ -1,64 +1,110 @@
 """The gateway: one ASGI application, its mount table, and what holds for every request.
 
-The token path (`hot`) goes straight to its handler; all else is a FastAPI application.
+The token path (`hot`) goes straight to its handler; all else is a FastAPI application a dialect.
 """
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
+from dataclasses import dataclass, field
 from typing import Any
 
-import orjson
-from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
+from fastapi import Depends, FastAPI
 from fastapi.responses import Response
-from starlette.exceptions import HTTPException
 
-from llm_engine import __version__, metrics
-from llm_engine.api.auth import Keyring
-from llm_engine.api.http import Call, ClientGone, Receive, Scope, Send
+from llm_engine import metrics, records
+from llm_engine.api import admin, llm_engine_api, root_signals
+from llm_engine.api.auth import Keyring, Scheme
+from llm_engine.api.cold import PRINCIPAL, SERVER_ERROR, Render, build_cold, having
+from llm_engine.api.dispatch import Dispatcher
+from llm_engine.api.http import Call, ClientGone, Receive, Scope, Send, openai_error
 from llm_engine.api.openai import models
 from llm_engine.api.openai.inference import Inference
-from llm_engine.api.openai.requests import Kind
-from llm_engine.errors import (
-    APIError,
-    InternalError,
-    InvalidRequest,
-    MethodNotAllowed,
-    NotFound,
-    Overloaded,
-)
+from llm_engine.api.requests import Kind
+from llm_engine.errors import APIError, InternalError, MethodNotAllowed, Overloaded
 from llm_engine.services import Services
-from llm_engine.statuses import EndpointState
 
 logger = logging.getLogger("llm_engine.api")
 
-SERVER_ERROR = "The server had an error while processing your request."
 OPEN_PATHS = frozenset({"/health"})
 Handler = Callable[[Call], Awaitable[None]]
 
 
+@dataclass(frozen=True)
+class Mount:
+    """A dialect: where it lies, how its clients send their key and read an error."""
+
+    prefix: str
+    schemes: Collection[Scheme]
+    render: Render
+    cold: FastAPI
+    hot: dict[str, Handler] = field(default_factory=dict)  # by path; POST only
+
+
 def build_app(services: Services) -> "Gateway":
-    hot: dict[str, Handler] = {
-        "/v1/chat/completions": Inference(services, Kind.CHAT),
-        "/v1/completions": Inference(services, Kind.COMPLETIONS),
-        "/v1/embeddings": Inference(services, Kind.EMBEDDINGS),
-    }
-    cold = FastAPI(
-        title="llm-engine", version=__version__, redirect_slashes=False, openapi_url=None
+    dispatcher = Dispatcher(services)
+    return Gateway(
+        services,
+        [
+            _mount_llm_engine(services, dispatcher),
+            _mount_root_signals(services),
+            _mount_openai(services, dispatcher),  # last: its prefix is everybody's
+        ],
     )
+
+
+def _mount_openai(services: Services, dispatcher: Dispatcher) -> Mount:
+    cold = build_cold(openai_error)
     cold.include_router(models.build_router(services))
+    cold.include_router(admin.build_router(services))
     _add_operations(cold, services)
-    _add_error_handlers(cold)
-    return Gateway(services, hot, cold)
+    return Mount(
+        prefix="/",
+        schemes=(Scheme.BEARER, Scheme.HEADER),
+        render=openai_error,
+        cold=cold,
+        hot={
+            "/v1/chat/completions": Inference(services, dispatcher, Kind.CHAT),
+            "/v1/completions": Inference(services, dispatcher, Kind.COMPLETIONS),
+            "/v1/embeddings": Inference(services, dispatcher, Kind.EMBEDDINGS),
+        },
+    )
+
+
+def _mount_llm_engine(services: Services, dispatcher: Dispatcher) -> Mount:
+    prefix = "/llm-engine"
+    cold = build_cold(llm_engine_api.render_error)
+    cold.include_router(llm_engine_api.build_router(services), prefix=prefix)
+    return Mount(
+        prefix=f"{prefix}/",
+        schemes=(Scheme.BASIC, Scheme.BEARER, Scheme.HEADER),
+        render=llm_engine_api.render_error,
+        cold=cold,
+        hot={
+            f"{prefix}{path}": handler
+            for path, handler in llm_engine_api.build_hot(services, dispatcher).items()
+        },
+    )
+
+
+def _mount_root_signals(services: Services) -> Mount:
+    prefix = "/rootsignals"
+    cold = build_cold(root_signals.render_error)
+    cold.include_router(root_signals.build_router(services), prefix=prefix)
+    return Mount(
+        prefix=f"{prefix}/",
+        schemes=(Scheme.API_KEY, Scheme.BEARER),
+        render=root_signals.render_error,
+        cold=cold,
+    )
 
 
 class Gateway:
     """Keys, request ids and error objects for every path, whoever answers it."""
 
-    def __init__(self, services: Services, hot: dict[str, Handler], cold: FastAPI) -> None:
-        self._hot = hot
-        self._cold = cold
-        self._keys = Keyring(services.settings.gateway.api_keys)
+    def __init__(self, services: Services, mounts: list[Mount]) -> None:
+        self._mounts = mounts
+        self._hot = {path: mount for mount in mounts for path in mount.hot}
+        self._keys = Keyring(services)
         self._limit = services.settings.gateway.max_in_flight
         self._retry_after_s = services.settings.gateway.retry_after_s
         self._metrics = services.metrics
@@ -86,13 +132,16 @@ class Gateway:
 
     async def _answer(self, call: Call) -> None:
         path, method = call.scope["path"], call.scope["method"]
+        mount = self._hot.get(path) or self._mount_of(path)
+        call.render = mount.render
         if method == "OPTIONS":
             return await call.reply(200, b"{}", [(b"allow", b"GET, POST, OPTIONS")])
         if path not in OPEN_PATHS:
-            self._keys.check(call.header(b"authorization"))
-        handler = self._hot.get(path)
+            call.principal = await self._keys.identify(call, mount.schemes)
+        handler = mount.hot.get(path)
         if handler is None:
-            return await self._cold(call.scope, call.receive, _with_headers(call))
+            call.scope[PRINCIPAL] = call.principal
+            return await mount.cold(call.scope, call.receive, _with_headers(call))
         if method != "POST":
             raise MethodNotAllowed(f"{path} takes POST, not {method}.")
         if self._in_flight > self._limit:
@@ -102,6 +151,9 @@ class Gateway:
                 retry_after=self._retry_after_s,
             )
         await handler(call)
+
+    def _mount_of(self, path: str) -> Mount:
+        return next(mount for mount in self._mounts if f"{path}/".startswith(mount.prefix))
 
     async def _fail(self, call: Call, error: APIError) -> None:
         if call.started_answer:
@@ -114,7 +166,7 @@ class Gateway:
 
     async def _refuse_protocol(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            return await self._cold(scope, receive, send)
+            return await self._mounts[-1].cold(scope, receive, send)
         await receive()
         await send({"type": "websocket.close", "code": 1003})
 
@@ -135,45 +187,22 @@ def _add_operations(app: FastAPI, services: Services) -> None:
     @app.get("/health")
     async def health() -> dict[str, Any]:
         """calute's shape: `agents` is how many models are ready for chat."""
-        endpoints = services.balancer.table.endpoints.values()
-        ready = [e for e in endpoints if e.state is EndpointState.READY]
+        table = services.balancer.table
+        # One that sleeps is ready too: it answers whoever asks.
+        ready = [
+            e
+            for e in table.endpoints.values()
+            if table.replicas.get(e.name) or (e.sleeps and e.state == "READY")
+        ]
         return {
-            "status": "healthy" if len(ready) == len(endpoints) else "degraded",
+            "status": "healthy" if len(ready) == len(table.endpoints) else "degraded",
             "agents": sum(e.task == "generate" for e in ready),
         }
 
-    @app.get("/metrics")
+    @app.get("/metrics", dependencies=[Depends(having(records.Scope.METRICS))])
     async def prometheus() -> Response:
         text = await services.all_metrics()
         if text is None:
             table = services.balancer.table
             text = metrics.render(services.metrics.samples(), table.endpoints.values())
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
-
-
-def _add_error_handlers(app: FastAPI) -> None:
-    def answer(error: APIError) -> Response:
-        return Response(orjson.dumps(error.body()), error.status, media_type="application/json")
-
-    @app.exception_handler(APIError)
-    async def ours(request: Request, error: APIError) -> Response:
-        return answer(error)
-
-    @app.exception_handler(Exception)
-    async def unforeseen(request: Request, error: Exception) -> Response:
-        return answer(InternalError(SERVER_ERROR))  # Starlette logs it
-
-    @app.exception_handler(HTTPException)
-    async def framework(request: Request, error: HTTPException) -> Response:
-        where = f"{request.method} {request.url.path}"
-        if error.status_code == 404:
-            return answer(NotFound(f"Invalid URL ({where})", code="unknown_url"))
-        if error.status_code == 405:
-            return answer(MethodNotAllowed(f"Not allowed to {where}."))
-        return answer(InvalidRequest(str(error.detail), status=error.status_code))
-
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        param = ".".join(str(part) for part in first["loc"][1:])
-        return answer(InvalidRequest(f"Invalid '{param}': {first['msg']}.", param=param))

@@ -8,7 +8,9 @@ from typing import Any
 
 import orjson
 
-from llm_engine.errors import APIError, BodyTooLarge
+from llm_engine import records
+from llm_engine.errors import APIError, BodyTooLarge, Forbidden
+from llm_engine.records import Principal
 
 Scope = dict[str, Any]
 Receive = Callable[[], Any]
@@ -16,6 +18,7 @@ Send = Callable[[dict[str, Any]], Any]
 Headers = list[tuple[bytes, bytes]]
 
 JSON = (b"content-type", b"application/json")
+NOBODY = Principal("", frozenset())
 
 
 class ClientGone(Exception):
@@ -25,8 +28,8 @@ class ClientGone(Exception):
 class Call:
     """One request: its id, when it came, and whether the client is still there."""
 
-    __slots__ = ("_on_gone", "_watch", "fixed_headers", "gone", "receive", "request_id", "scope",
-                 "send", "started", "started_answer", "status")  # fmt: skip
+    __slots__ = ("_on_gone", "_watch", "fixed_headers", "gone", "principal", "receive", "render",
+                 "request_id", "scope", "send", "started", "started_answer", "status")  # fmt: skip
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, *, tell_id: bool) -> None:
         """`tell_id`: this answer must carry x-request-id itself; nobody adds it further out."""
@@ -36,6 +39,8 @@ class Call:
         self.fixed_headers = [(b"openai-version", b"2020-10-01")]
         if tell_id:
             self.fixed_headers.append((b"x-request-id", self.request_id))
+        self.principal = NOBODY
+        self.render: Callable[[APIError], bytes] = openai_error
         self.status = 0
         self.started_answer = False
         self.gone = False
@@ -44,6 +49,10 @@ class Call:
 
     def header(self, name: bytes) -> bytes | None:
         return next((value for key, value in self.scope["headers"] if key == name), None)
+
+    def require(self, scope: records.Scope) -> None:
+        """Raises Forbidden for a key without it."""
+        require(self.principal, scope)
 
     async def body(self, limit: int) -> bytes:
         """The whole body. Raises BodyTooLarge past `limit` bytes, ClientGone if it never ends."""
@@ -100,12 +109,23 @@ class Call:
             headers.append((b"retry-after", b"%d" % error.retry_after))
         if error.status == 401:
             headers.append((b"www-authenticate", b"Bearer"))
-        await self.reply(error.status, orjson.dumps(error.body()), headers)
+        await self.reply(error.status, self.render(error), headers)
 
     def close(self) -> None:
         self._on_gone = None
         if self._watch is not None:
             self._watch.cancel()
+
+
+def require(who: Principal, scope: records.Scope) -> None:
+    if not who.may(scope):
+        raise Forbidden(
+            f"This API key lacks the scope '{scope}'. Ask an operator for a key that has it."
+        )
+
+
+def openai_error(error: APIError) -> bytes:
+    return orjson.dumps(error.body())
 
 
 def _too_large(limit: int) -> BodyTooLarge:

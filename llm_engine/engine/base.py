@@ -36,6 +36,11 @@ class Engine(ABC):
 
     @property
     @abstractmethod
+    def loaded_at(self) -> float:
+        """When the model was in memory, in unix seconds; 0 before."""
+
+    @property
+    @abstractmethod
     def alive(self) -> bool:
         """Whether its process runs; False before `start`."""
 

@@ -1,8 +1,8 @@
 """An engine with no weights: the same words to every prompt, as fast as HTTP goes.
 
 For overhead benchmarks and quick tests, never for answers. Understands of OpenAI's fields just
-`stream`, `max_tokens` and `input`. Its `vllm_args` are `token_delay_s`, `max_num_seqs` and
-`max_model_len`; anything else is refused. Knows nothing of vLLM.
+`stream`, `max_tokens` and `input`. Its `vllm_args` are `load_delay_s`, `token_delay_s`,
+`max_num_seqs` and `max_model_len`; anything else is refused. Knows nothing of vLLM.
 """
 
 import asyncio
@@ -17,7 +17,7 @@ from llm_engine.engine.server import EngineSpec, Guard, run
 from llm_engine.records import Load
 
 WORD = "word "
-KNOWN = {"token_delay_s": 0.0, "max_num_seqs": 256, "max_model_len": 8192}
+KNOWN = {"load_delay_s": 0.0, "token_delay_s": 0.0, "max_num_seqs": 256, "max_model_len": 8192}
 
 
 class FakeEngine:
@@ -143,6 +143,7 @@ async def until_disconnect(receive: Any) -> None:
 
 def serve(spec: EngineSpec, listener: socket.socket) -> None:
     app = FakeGuard(FakeEngine(spec))
+    time.sleep(app._app.options["load_delay_s"])
     settings = uvicorn.Config(
         app, lifespan="off", access_log=False, log_level="warning", timeout_keep_alive=120
     )

@@ -9,11 +9,12 @@ import re
 import secrets
 import signal
 import sys
+import time
 from typing import Any
 
 import httpx
 
-from llm_engine.config import EndpointSettings
+from llm_engine.config import ENV_KEYS, ENV_SECRET, ENV_STORE, EndpointSettings
 from llm_engine.engine.base import HEADER_SECRET, PATH_LOAD, Engine, EngineAddress
 from llm_engine.engine.server import MARK, EngineSpec
 from llm_engine.errors import EngineError
@@ -21,6 +22,8 @@ from llm_engine.records import Load
 
 logger = logging.getLogger("llm_engine.engine")
 
+#: What an engine has no business with: model code may be anybody's.
+SECRETS = ("LLM_ENGINE_API_KEY", ENV_KEYS, ENV_STORE, ENV_SECRET)
 KEPT_LINES = 400  # of the engine's output, to find the cause of a failure in
 STOP_GRACE_S = 10
 PROBE_TIMEOUT_S = 10
@@ -45,12 +48,14 @@ class EngineProcess(Engine):
         self._reader: asyncio.Task[None] | None = None
         self._reaper: asyncio.Task[None] | None = None
         self._client: httpx.AsyncClient | None = None
+        self._loaded_at = 0.0
 
     async def start(self) -> EngineAddress:
         try:
             async with asyncio.timeout(self._settings.start_timeout_s):
                 await self._spawn()
                 await self._wait_until_listening()
+                self._loaded_at = time.time()
                 max_model_len = await self._first_answer()
         except TimeoutError:
             await self.stop()
@@ -99,6 +104,10 @@ class EngineProcess(Engine):
         if self._failure and not any(mark in self._failure for mark in _SECONDARY):
             return self._failure
         return explain(list(self._output)) or self._failure or self._last_line()
+
+    @property
+    def loaded_at(self) -> float:
+        return self._loaded_at
 
     @property
     def alive(self) -> bool:
@@ -248,8 +257,8 @@ class EngineProcess(Engine):
 
 
 def engine_environment(settings: EndpointSettings) -> dict[str, str]:
-    """The child's environment: ours, less the gateway's keys, plus what the endpoint sets."""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("LLM_ENGINE_API")}
+    """The child's environment: ours, less the gateway's secrets, plus what the endpoint sets."""
+    environment = {k: v for k, v in os.environ.items() if k not in SECRETS}
     if "CUDA_VISIBLE_DEVICES" not in environment and settings.num_gpus == 0:
         environment["CUDA_VISIBLE_DEVICES"] = ""
     # Ray sets this to the replica's CPU share, 1 where that is a fraction; an engine that was

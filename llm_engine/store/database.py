@@ -76,6 +76,13 @@ class Database:
                     connection.execute(tables.identity.insert().values(id=found))
                 return found
 
+    def identity(self) -> str | None:
+        """Which database this is; None before its first migration."""
+        with self.reading() as connection:
+            if not sa.inspect(connection).has_table(tables.identity.name):
+                return None
+            return connection.execute(sa.select(tables.identity.c.id)).scalar()
+
     @property
     def shown(self) -> str:
         return self.url.render_as_string(hide_password=True)

@@ -77,5 +77,9 @@ def _one(connection: sa.Connection, model: str) -> ModelRecord:
         sa.select(tables.models).where(tables.models.c.id == model)
     ).one_or_none()
     if row is None:
-        raise NotFound(f"There is no model '{model}'.", code="model_not_found")
+        raise no_model(model)
     return ModelRecord(**row._mapping)
+
+
+def no_model(model: str) -> NotFound:
+    return NotFound(f"There is no model '{model}'.", code="model_not_found")

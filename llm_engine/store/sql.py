@@ -1,8 +1,11 @@
 """The store: all records behind one URL. See `keys`, `endpoints` and `registered` for each kind."""
 
+import time
+from collections import defaultdict
+
 import sqlalchemy as sa
 
-from llm_engine.records import Event
+from llm_engine.records import Directory, Event, ModelRecord
 from llm_engine.store import tables
 from llm_engine.store.database import Database
 from llm_engine.store.endpoints import Endpoints
@@ -33,6 +36,26 @@ class Store:
             counted = sa.select(sa.func.count(), sa.func.max(tables.events.c.id))
             count, last = connection.execute(counted.select_from(tables.events)).one()
             return count, last or 0
+
+    def directory_mark(self) -> tuple[object, ...]:
+        """Another one after every change of what `directory` tells."""
+        keys, models = tables.keys.c, tables.models.c
+        with self.database.reading() as connection:
+            told = connection.execute(
+                sa.select(sa.func.count(), sa.func.count(keys.revoked_at), sa.func.max(keys.id))
+            ).one()
+            registered = connection.execute(
+                sa.select(sa.func.count(), sa.func.max(models.updated_at), sa.func.max(models.id))
+            ).one()
+            return (*told, *registered)
+
+    def directory(self) -> Directory:
+        """What every ingress replica has in memory."""
+        models: dict[str, dict[str, ModelRecord]] = defaultdict(dict)
+        for model in self.registered.all():
+            models[model.owner][model.name] = model
+        keys = {key.digest: key for key in self.keys.all()}
+        return Directory(time.time_ns(), keys, dict(models))
 
     def events(self, subject: str, after: int = 0, limit: int = 100) -> list[Event]:
         """Of one record, oldest first."""

@@ -164,22 +164,17 @@ def test_an_engine_core_that_dies_is_noticed(cluster: Cluster):
         client.completions.create(model="demo-chat", prompt="One", max_tokens=3)
 
 
-def replica_pids(cluster: Cluster, deployment: str) -> list[int]:
-    title = f"ray::ServeReplica:llm-engine:{deployment}"
-    return [p.pid for p in cluster.processes() if " ".join(p.cmdline()).startswith(title)]
-
-
 @pytest.mark.parametrize("deployment", ["ModelRouter", "Controller"])
 def test_requests_go_on_while_a_part_that_they_do_not_need_is_gone(cluster: Cluster, deployment):
     eventually(lambda: len(replicas(cluster)) == 2, 90, 0.5)
     before = {r["replica"] for r in replicas(cluster)}
-    [killed] = replica_pids(cluster, deployment)
+    [killed] = cluster.replica_pids(deployment)
     os.kill(killed, signal.SIGKILL)
     with cluster.client() as client:
         body = {"model": "demo-chat", "prompt": "One", "max_tokens": 3}
         statuses = [client.post("/v1/completions", json=body).status_code for _ in range(30)]
     assert statuses == [200] * 30
-    eventually(lambda: set(replica_pids(cluster, deployment)) - {killed}, 60, 0.5)
+    eventually(lambda: set(cluster.replica_pids(deployment)) - {killed}, 60, 0.5)
 
     def as_before() -> bool:
         with cluster.client() as client:
@@ -194,7 +189,7 @@ def test_requests_go_on_while_a_part_that_they_do_not_need_is_gone(cluster: Clus
 
 
 def test_a_killed_ingress_replica_is_replaced(cluster: Cluster):
-    os.kill(replica_pids(cluster, "Ingress")[0], signal.SIGKILL)
+    os.kill(cluster.replica_pids("Ingress")[0], signal.SIGKILL)
 
     def steady() -> bool:
         try:

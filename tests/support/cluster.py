@@ -1,5 +1,6 @@
 """The whole system, started the way `llm-engine up` does and stopped by its own means."""
 
+import contextlib
 import json
 import signal
 import socket
@@ -76,11 +77,26 @@ class Cluster:
         assert self._process is not None
         for client in self._clients:
             client.close()
-        self._process.send_signal(signal.SIGTERM)
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGTERM)
         self._process.wait(STOP_TIMEOUT_S)
         for pipe in (self._process.stdin, self._process.stdout):
             assert pipe is not None
             pipe.close()
+
+    def kill(self) -> None:
+        """Everything at once and without a word, as when the power goes."""
+        assert self._process is not None
+        doomed = [*self.processes(), psutil.Process(self._process.pid)]
+        for process in doomed:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        psutil.wait_procs(doomed, 10)
+
+    def replica_pids(self, deployment: str) -> list[int]:
+        """Of a deployment of the gateway."""
+        title = f"ray::ServeReplica:llm-engine:{deployment}"
+        return [p.pid for p in self.processes() if " ".join(p.cmdline()).startswith(title)]
 
     @property
     def url(self) -> str:
@@ -104,6 +120,18 @@ class Cluster:
     def endpoint(self, name: str) -> dict[str, Any]:
         with self.client() as client:
             return client.get(f"/v1/endpoints/{name}").raise_for_status().json()
+
+    def wait_until(self, name: str, state: str, timeout_s: float = 120) -> dict[str, Any]:
+        """The endpoint's status once its last operation has ended in `state`."""
+
+        def there() -> dict[str, Any] | None:
+            try:
+                row = self.endpoint(name)
+            except httpx.HTTPError:  # the gateway may be what was killed
+                return None
+            return row if row["status"] == state and row["settled"] else None
+
+        return eventually(there, timeout_s, 0.2, f"{name} is not {state}")
 
     def load(self, name: str) -> int:
         """Requests running and waiting in all engines of an endpoint, as the router knows."""

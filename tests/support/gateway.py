@@ -1,7 +1,10 @@
 """The gateway's ASGI app under uvicorn, in a thread, in front of real fake-engine processes."""
 
 import asyncio
+import shutil
+import tempfile
 import threading
+from pathlib import Path
 from typing import Any, Self
 
 import httpx
@@ -14,6 +17,7 @@ from llm_engine.records import EndpointStatus, Load, ReplicaReport, RoutingTable
 from llm_engine.routing import Balancer
 from llm_engine.services import Services
 from llm_engine.statuses import EndpointState, ReplicaState
+from llm_engine.store.sql import Store
 
 
 def fake_endpoint(name: str, **changes: Any) -> EndpointSettings:
@@ -59,6 +63,12 @@ class GatewayThread:
         engine = self.engines[endpoint][replica]
         return asyncio.run_coroutine_threadsafe(engine.load(), self.loop).result(10)
 
+    async def refresh(self) -> None:
+        """What the controller does after a change of the store."""
+        assert self.services is not None
+        directory = await asyncio.to_thread(self.services.store.directory)
+        self.services.update(None, directory)
+
     def _run(self) -> None:
         asyncio.run(self._serve())
 
@@ -67,8 +77,10 @@ class GatewayThread:
         self._stop = asyncio.Event()
         server = uvicorn.Server(uvicorn.Config("", lifespan="off", log_level="warning"))
         try:
-            self.services = Services(self.settings, Balancer())
-            self.services.balancer.update(await self._start_engines())
+            folder = Path(tempfile.mkdtemp(prefix="le-gateway-"))
+            store = Store.open(f"sqlite:///{folder}/store.db")
+            self.services = Services(self.settings, Balancer(), store, nudge=self.refresh)
+            self.services.update(await self._start_engines(), store.directory())
             server = uvicorn.Server(
                 uvicorn.Config(
                     build_app(self.services), port=0, lifespan="off", log_level="warning"
@@ -89,6 +101,8 @@ class GatewayThread:
         finally:
             if self.services is not None:
                 self.services.pool.close()
+                self.services.store.close()
+                shutil.rmtree(folder)
             for engines in self.engines.values():
                 await asyncio.gather(*(engine.stop() for engine in engines))
             self._ready.set()

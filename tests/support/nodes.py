@@ -41,6 +41,7 @@ class Nodes:
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
             "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
             config.ENV_KEYS: self.KEY,
+            config.ENV_STORE: f"sqlite:///{folder}/store.db",
         }
 
     def __enter__(self) -> Self:

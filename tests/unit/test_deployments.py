@@ -1,12 +1,10 @@
 """Decisions of the deployments that need no cluster to be looked at."""
 
-from types import SimpleNamespace
-
 import pytest
 
 from deployments.app import settings_from
-from deployments.controller import Retry, application_name, lacking
-from deployments.engine import QUEUE_DEPTH, build_endpoint, scale_on_queue_depth
+from deployments.engine import build_endpoint
+from deployments.tended import Retry, application_name, lacks
 from llm_engine.config import EndpointSettings
 from llm_engine.errors import ConfigError
 
@@ -15,33 +13,13 @@ def endpoint(**changes) -> EndpointSettings:
     return EndpointSettings(**{"name": "m", "model": "org/m", **changes})
 
 
-def wanted(*depths: float, target: float = 8, low: int = 1, high: int = 4) -> int:
-    context = SimpleNamespace(
-        aggregated_metrics={QUEUE_DEPTH: dict(enumerate(depths))},
-        config=SimpleNamespace(get_target_ongoing_requests=lambda: target),
-        capacity_adjusted_min_replicas=low,
-        capacity_adjusted_max_replicas=high,
-    )
-    return scale_on_queue_depth(context)[0]
-
-
-def test_replicas_follow_the_engines_queues():
-    assert wanted(0) == 1
-    assert wanted(8) == 1
-    assert wanted(9) == 2
-    assert wanted(8, 8, 1) == 3
-    assert wanted(100) == 4
-    assert wanted(0, 0, 0) == 1
-    assert wanted() == 1
-
-
 def test_tensor_parallel_replicas_reserve_one_bundle_on_one_node():
     settings = endpoint(vllm_args={"tensor_parallel_size": 4})
-    [made] = deployments(build_endpoint(settings, "1", "g", cluster_has_gpus=True))
+    [made] = deployments(build_endpoint(settings, "1", "g", cluster_has_gpus=True, replicas=1))
     assert made["placement_group_bundles"] == [{"CPU": 0.5, "GPU": 4}]
     assert made["placement_group_strategy"] == "STRICT_PACK"
     assert made["ray_actor_options"]["num_gpus"] == 4
-    [made] = deployments(build_endpoint(settings, "1", "g", cluster_has_gpus=False))
+    [made] = deployments(build_endpoint(settings, "1", "g", cluster_has_gpus=False, replicas=1))
     assert made["placement_group_bundles"] == [{"CPU": 2.0}]
 
 
@@ -67,7 +45,7 @@ def deployments(application) -> list[dict]:
     ],
 )
 def test_what_a_replica_cannot_get_is_said(nodes, said):
-    assert lacking(endpoint(num_gpus=4), nodes) == said
+    assert lacks(endpoint(num_gpus=4), nodes) == said
 
 
 def test_application_names_tell_whose_they_are_and_never_clash():
@@ -78,7 +56,7 @@ def test_application_names_tell_whose_they_are_and_never_clash():
 
 def test_failed_starts_are_tried_again_after_longer_and_longer(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("deployments.controller.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("deployments.tended.time.monotonic", lambda: now[0])
     retry = Retry()
     tried = []
     for second in range(0, 4000, 10):

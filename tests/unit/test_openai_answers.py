@@ -8,7 +8,8 @@ from openai.types import Completion
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 
 from llm_engine.api.openai.answers import engine_error, rewrite_answer, rewrite_event
-from llm_engine.api.openai.requests import EngineRequest, Kind, parse
+from llm_engine.api.openai.requests import parse
+from llm_engine.api.requests import EngineRequest, Kind
 from llm_engine.errors import (
     APIError,
     InternalError,

@@ -5,7 +5,8 @@ from typing import Any
 import orjson
 import pytest
 
-from llm_engine.api.openai.requests import EngineRequest, Kind, parse, rename
+from llm_engine.api.openai.requests import parse
+from llm_engine.api.requests import EngineRequest, Kind, rename
 from llm_engine.errors import InvalidRequest
 
 HI = [{"role": "user", "content": "hi"}]
@@ -437,6 +438,7 @@ def test_choices_count_every_prompt() -> None:
 
 
 def test_rename() -> None:
-    renamed = rename(chat(seed=5), "demo-v2")
+    renamed = rename(chat(seed=5), "demo-v2", "shown")
+    assert renamed.shown == "shown" and renamed.rewrite
     assert renamed.model == "demo-v2"
     assert orjson.loads(renamed.body) == {"model": "demo-v2", "messages": HI, "seed": 5}

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 
-from llm_engine.errors import InvalidRequest, NotFound, Overloaded, Unavailable
+from llm_engine.errors import NotFound, Overloaded, Unavailable
 from llm_engine.records import EndpointStatus, Load, ReplicaReport, RoutingTable
 from llm_engine.routing import SUSPECT_S, Balancer
 from llm_engine.statuses import EndpointState, ReplicaState
@@ -101,13 +101,10 @@ def test_no_replica_says_why_and_when_to_come_back(changes, said):
     assert said in error.value.message and error.value.retry_after == 5
 
 
-def test_unknown_models_and_wrong_tasks():
-    made = balancer(replica("a"))
+def test_an_endpoint_that_is_gone():
     with pytest.raises(NotFound) as unknown:
-        made.endpoint("other")
+        balancer(replica("a")).endpoint("other")
     assert unknown.value.code == "model_not_found"
-    with pytest.raises(InvalidRequest, match="generates text"):
-        made.endpoint("m", task="embed")
 
 
 def test_what_is_remembered_of_replicas_is_bounded():

@@ -10,7 +10,9 @@ from typing import Any
 
 import orjson
 
-from llm_engine.api.openai.requests import EngineRequest, Kind, is_known
+from llm_engine.api import sse
+from llm_engine.api.openai.requests import is_known
+from llm_engine.api.requests import EngineRequest, Kind
 from llm_engine.errors import (
     APIError,
     InternalError,
@@ -33,28 +35,56 @@ _BROKEN = {"abort", "error"}
 
 _OBFUSCATION_STEP = 32  # event sizes are rounded up to a multiple of this
 
+
+class OpenAIForm:
+    """The dialect that engines speak already, nearly."""
+
+    def answer(self, request: EngineRequest, body: bytes) -> bytes:
+        return rewrite_answer(request, body)
+
+    def event(self, request: EngineRequest, payload: bytes) -> bytes:
+        if payload == sse.DONE:
+            return sse.event(payload)
+        event = rewrite_event(request, payload)
+        if event.startswith(b'{"error"'):
+            raise _interrupted()
+        return sse.event(event)
+
+    def error(self, status: int, body: bytes, request: EngineRequest) -> APIError:
+        return engine_error(status, body, request)
+
+    def failure(self, error: APIError) -> bytes:
+        return sse.error_event(error)
+
+
 # -- answers
 
 
 def rewrite_answer(request: EngineRequest, body: bytes) -> bytes:
     """A whole 200 answer. Raises InternalError when the engine gave up in the middle."""
     answer = orjson.loads(body)
+    if request.shown is not None:
+        answer["model"] = request.shown
+    if request.kind is Kind.EMBEDDINGS:
+        return orjson.dumps(answer)
     for choice in answer["choices"]:
-        if choice["finish_reason"] in _BROKEN:
+        if choice.get("finish_reason") in _BROKEN:
             raise _interrupted()
         message = choice.get("message")
         if message is not None:
             choice["message"] = _message(message)
     _rewrite_choices(request, answer)
-    answer["usage"] = _without_null(answer["usage"])
+    answer["usage"] = _without_null(answer.get("usage") or {})
     return orjson.dumps(_without_null(answer, _NULL_OF_ANSWER))
 
 
 def rewrite_event(request: EngineRequest, event: bytes) -> bytes:
     """The payload of one event. An engine that gave up becomes an error event."""
     chunk = orjson.loads(event)
+    if request.shown is not None:
+        chunk["model"] = request.shown
     for choice in chunk["choices"]:
-        if choice["finish_reason"] in _BROKEN:
+        if choice.get("finish_reason") in _BROKEN:
             return orjson.dumps(_interrupted().body())
         if "delta" in choice:
             _rewrite_delta(choice["delta"])
@@ -78,17 +108,17 @@ def _rewrite_delta(delta: Object) -> None:
 
 def _rewrite_choices(request: EngineRequest, answer: Object) -> None:
     for index, choice in enumerate(answer["choices"]):
-        reason = choice["finish_reason"]
+        reason = choice.setdefault("finish_reason", None)
         if reason is not None and reason not in _FINISHED:
             choice["finish_reason"] = "stop"  # "repetition": the caller asked for that stop
-        if choice["logprobs"] is not None and request.kind is Kind.CHAT:
+        if choice.get("logprobs") is not None and request.kind is Kind.CHAT:
             _rewrite_logprobs(choice["logprobs"], request.top_logprobs)
         answer["choices"][index] = _without_null(choice, _NULL_OF_CHOICE)
 
 
 def _message(message: Object) -> Object:
     message["role"] = "assistant"  # continue_final_message makes vLLM repeat the last role
-    if message.get("tool_calls") and not message["content"]:
+    if message.get("tool_calls") and not message.get("content"):
         message["content"] = None
     message["annotations"] = message.get("annotations") or []
     return _without_null(message, _NULL_OF_MESSAGE)

@@ -7,38 +7,17 @@ vLLM understands. Refuse, never ignore. No I/O.
 import difflib
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
 from pydantic import TypeAdapter, ValidationError
 
 from llm_engine.api.openai import fields, problems
+from llm_engine.api.requests import EngineRequest, Kind
 from llm_engine.errors import InvalidRequest
 
 Body = dict[str, Any]
-
-
-class Kind(StrEnum):
-    CHAT = "chat.completions"
-    COMPLETIONS = "completions"
-    EMBEDDINGS = "embeddings"
-
-
-@dataclass(frozen=True, slots=True)
-class EngineRequest:
-    """What the relay needs to know of a request."""
-
-    kind: Kind
-    path: str
-    model: str
-    stream: bool
-    body: bytes
-    rewrite: bool  # each event of the stream, or the whole answer, goes through `answers`
-    choices: int = 1  # texts that will be generated: n for each prompt
-    top_logprobs: int | None = None  # what the caller asked for; None: leave the answer's alone
-    obfuscate: bool = False  # pad each event, so that its size does not tell its text
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +50,6 @@ def parse(kind: Kind, body: bytes) -> EngineRequest:
         # vLLM's answer has all that OpenAI requires, and may be megabytes.
         return EngineRequest(kind, route.path, data["model"], False, body, False)
     return _generation(kind, route.path, data, body)
-
-
-def rename(request: EngineRequest, model: str) -> EngineRequest:
-    """The same request for an engine that knows the model by another name."""
-    data = orjson.loads(request.body)
-    return replace(request, model=model, body=orjson.dumps(data | {"model": model}))
 
 
 def is_known(kind: Kind, field: str) -> bool:

@@ -1,0 +1,232 @@
+"""Asks the replicas of an endpoint: chooses one, relays its answer. The token path.
+
+Until the first byte has gone to the client, a lost replica is replaced by another, unseen.
+After it, the stream ends with an error event.
+"""
+
+import logging
+import time
+
+from llm_engine.api import sse
+from llm_engine.api.http import Call, ClientGone
+from llm_engine.api.relay import EngineConnection, EngineLost, EngineSilent, post
+from llm_engine.api.requests import EngineRequest, Form
+from llm_engine.api.waking import Waker
+from llm_engine.errors import (
+    APIError,
+    InternalError,
+    InvalidRequest,
+    Overloaded,
+    TookTooLong,
+    Unavailable,
+)
+from llm_engine.records import EndpointStatus, ReplicaReport
+from llm_engine.services import Services
+
+logger = logging.getLogger("llm_engine.api")
+
+MAX_ATTEMPTS = 3
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),  # asks reverse proxies not to hold events back
+]
+
+
+class _Refused(Exception):
+    """An engine that could not answer, where another might."""
+
+    def __init__(self, error: APIError) -> None:
+        self.error = error
+
+
+class Replicas:
+    """Sends requests to an endpoint's replicas."""
+
+    def __init__(self, services: Services) -> None:
+        self._balancer = services.balancer
+        self._pool = services.pool
+        self._metrics = services.metrics
+        self._limits = services.settings.gateway
+        self._waker = Waker(services)
+
+    async def serve(
+        self, call: Call, request: EngineRequest, form: Form, endpoint: EndpointStatus
+    ) -> None:
+        """Answers the call, or raises APIError while nothing has been sent yet."""
+        _check_size(request, endpoint)
+        in_flight = self._metrics.in_flight.labels(endpoint.name)
+        in_flight.inc()
+        try:
+            if self._waker.is_asleep(endpoint):
+                endpoint = await self._waker.wait(call, endpoint)
+            await self._try_replicas(call, request, form, endpoint)
+        finally:
+            in_flight.dec()
+
+    async def _try_replicas(
+        self, call: Call, request: EngineRequest, form: Form, endpoint: EndpointStatus
+    ) -> None:
+        failed: set[str] = set()
+        last: APIError | None = None
+        for _ in range(MAX_ATTEMPTS):
+            try:
+                replica = self._balancer.choose(endpoint, failed)
+            except (Unavailable, Overloaded):
+                if last is not None:
+                    raise last from None
+                raise
+            self._balancer.acquire(replica)
+            try:
+                return await self._ask(call, request, form, endpoint, replica)
+            except EngineSilent:
+                raise self._took_too_long() from None
+            except EngineLost as lost:
+                logger.warning("replica %s was lost: %s", replica.replica, lost)
+                self._balancer.suspect(replica)
+                last = None
+            except _Refused as refused:
+                last = refused.error
+                if not isinstance(last, Overloaded):
+                    self._balancer.suspect(replica)
+            finally:
+                self._balancer.release(replica)
+            failed.add(replica.replica)
+            self._metrics.retries.labels(endpoint.name).inc()
+        raise last or self._lost(endpoint)
+
+    async def _ask(
+        self,
+        call: Call,
+        request: EngineRequest,
+        form: Form,
+        endpoint: EndpointStatus,
+        replica: ReplicaReport,
+    ) -> None:
+        """One attempt. EngineLost and _Refused mean that another replica may be tried."""
+        connection = await self._send(call, request, replica)
+        call.when_gone(lambda: connection.fail(EngineLost("the client left")))
+        try:
+            status = await connection.head()
+            if status != 200:
+                raise self._refusal(
+                    form.error(status, await connection.read_all(), request), endpoint
+                )
+            if request.stream:
+                await self._stream(call, request, form, endpoint, connection)
+            else:
+                answer = await connection.read_all()
+                if request.rewrite:
+                    answer = form.answer(request, answer)
+                await call.reply(200, answer)
+        except EngineLost:
+            if call.gone:
+                raise ClientGone from None
+            raise
+        finally:
+            call.when_gone(None)  # the connection may carry another's request from here on
+            self._pool.give_back(replica, connection)
+
+    async def _send(
+        self, call: Call, request: EngineRequest, replica: ReplicaReport
+    ) -> EngineConnection:
+        connection = await self._pool.take(replica)
+        message = post(replica, request.path, request.body)
+        waited = time.perf_counter() - call.started
+        connection.ask(message, time.monotonic() + self._limits.request_timeout_s - waited)
+        return connection
+
+    async def _stream(
+        self,
+        call: Call,
+        request: EngineRequest,
+        form: Form,
+        endpoint: EndpointStatus,
+        connection: EngineConnection,
+    ) -> None:
+        """Relay events as they come. The first read decides whether there is an answer at all."""
+        data = await connection.read()
+        first = sse.Splitter().feed(data)
+        if first and first[0].startswith(b'{"error"'):
+            # The engine broke before its first token: another may still answer, unseen.
+            raise self._refusal(form.error(500, first[0], request), endpoint)
+        idle, now = self._limits.idle_timeout_s, time.perf_counter
+        splitter = sse.Splitter() if request.rewrite else None
+        gaps = self._metrics.inter_token.labels(endpoint.name)
+        await call.start(200, STREAM_HEADERS)
+        self._metrics.first_token.labels(endpoint.name).observe(now() - call.started)
+        before = now()
+        try:
+            while data:
+                if sse.holds_failure(data):
+                    splitter = splitter or sse.Splitter()
+                if splitter is not None:
+                    data, ended = _rewrite(request, form, splitter, data)
+                    if ended:
+                        await call.write(data)
+                        break
+                await call.write(data)
+                connection.deadline = time.monotonic() + idle
+                data = await connection.read()
+                after = now()
+                if data:
+                    gaps.observe((after - before) / (sse.count(data) or 1))
+                before = after
+        except EngineLost as lost:
+            if call.gone:
+                raise ClientGone from None
+            logger.warning("a stream of %s broke off: %s", request.model, lost)
+            broken = InternalError(
+                "The replica that was answering was lost; the answer is incomplete. Send the "
+                "request again.",
+                code="stream_interrupted",
+            )
+            await call.write(form.failure(broken))
+        await call.write(b"", more=False)
+
+    def _refusal(self, error: APIError, endpoint: EndpointStatus) -> Exception:
+        if isinstance(error, Overloaded):
+            return _Refused(self._balancer.overloaded(endpoint))
+        # A dead engine still answers HTTP for a moment; another replica may do better.
+        return _Refused(error) if error.status >= 500 else error
+
+    def _took_too_long(self) -> TookTooLong:
+        return TookTooLong(
+            "No byte of the answer came within "
+            f"{self._limits.request_timeout_s:g} s (gateway.request_timeout_s). Ask for fewer "
+            "tokens, or stream."
+        )
+
+    def _lost(self, endpoint: EndpointStatus) -> Unavailable:
+        return Unavailable(
+            f"The model '{endpoint.name}' cannot answer now: the replicas that were asked failed "
+            "before they answered.",
+            param="model",
+            retry_after=self._limits.retry_after_s,
+        )
+
+
+def _rewrite(
+    request: EngineRequest, form: Form, splitter: sse.Splitter, data: bytes
+) -> tuple[bytes, bool]:
+    """The events in the dialect's form, and whether one is an error, after which none comes."""
+    out = []
+    for payload in splitter.feed(data):
+        if payload.startswith(b'{"error"'):
+            return b"".join([*out, form.failure(form.error(500, payload, request))]), True
+        try:
+            out.append(form.event(request, payload))
+        except APIError as error:
+            return b"".join([*out, form.failure(error)]), True
+    return b"".join(out), False
+
+
+def _check_size(request: EngineRequest, endpoint: EndpointStatus) -> None:
+    """An engine counts each text as a request of its own; some can never fit."""
+    if request.choices > endpoint.max_queue:
+        raise InvalidRequest(
+            f"The request asks for {request.choices} texts (n times the prompts); "
+            f"'{endpoint.name}' holds at most {endpoint.max_queue} at once (max_queue).",
+            param="n",
+            code="integer_above_max_value",
+        )

@@ -1,0 +1,64 @@
+"""What the dispatcher needs to know of a request, and of the dialect that it came in.
+
+Engines and external upstreams speak OpenAI's language: a dialect brings its requests into it, and
+its `Form` brings the answers back.
+"""
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Protocol
+
+import orjson
+
+from llm_engine.errors import APIError
+
+
+class Kind(StrEnum):
+    CHAT = "chat.completions"
+    COMPLETIONS = "completions"
+    EMBEDDINGS = "embeddings"
+
+    @property
+    def task(self) -> str:
+        return "embed" if self is Kind.EMBEDDINGS else "generate"
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """A request in the engines' language."""
+
+    kind: Kind
+    path: str
+    model: str
+    stream: bool
+    body: bytes
+    rewrite: bool  # each event of the stream, or the whole answer, goes through the dialect's Form
+    choices: int = 1  # texts that will be generated: n for each prompt
+    top_logprobs: int | None = None  # what the caller asked for; None: leave the answer's alone
+    obfuscate: bool = False  # pad each event, so that its size does not tell its text
+    shown: str | None = None  # what answers call the model, where engines call it otherwise
+
+
+class Form(Protocol):
+    """How a dialect shows what an engine has answered."""
+
+    def answer(self, request: EngineRequest, body: bytes) -> bytes:
+        """The whole answer. Raises APIError where the engine's is none."""
+
+    def event(self, request: EngineRequest, payload: bytes) -> bytes:
+        """What to write for the payload of one event; nothing, perhaps. Raises APIError where
+        the engine gave up."""
+
+    def error(self, status: int, body: bytes, request: EngineRequest) -> APIError:
+        """What an engine's refusal means."""
+
+    def failure(self, error: APIError) -> bytes:
+        """What ends a stream that fails after its first byte."""
+
+
+def rename(request: EngineRequest, model: str, shown: str) -> EngineRequest:
+    """The same request for whoever knows the model as `model`; answers call it `shown`."""
+    if model == request.model and shown == model:
+        return request
+    body = orjson.dumps(orjson.loads(request.body) | {"model": model})
+    return replace(request, model=model, body=body, shown=shown, rewrite=True)
