@@ -1,6 +1,7 @@
 """HTTP to a gateway for the command line: every failure becomes one sentence."""
 
 import json
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,24 @@ if TYPE_CHECKING:
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 600
+COLD_TIMEOUT_S = 10  # of what no model has to answer
+KEY_PREFIX, SHOWN = "sk-le-", 10  # so much of one of our keys is no secret
+
+
+class Unreachable(LLMEngineError):
+    """No answer, or none that an llm-engine gives; it may pass."""
+
+    def __init__(self, text: str, *, asked: bool = True) -> None:
+        super().__init__(text)
+        self.asked = asked  # the question may have arrived
+
+
+class Refused(LLMEngineError):
+    """The gateway's own no, in its own words."""
+
+    def __init__(self, text: str, status: int, code: str | None) -> None:
+        super().__init__(text)
+        self.status, self.code = status, code
 
 
 class Gateway:
@@ -24,7 +43,8 @@ class Gateway:
         import httpx
 
         self.url = target.url
-        self._starting = target.starting
+        self.skew_s = 0.0  # how far its clock is ahead of ours
+        self._target = target
         headers = {"Authorization": f"Bearer {target.key}"} if target.key else {}
         try:
             local = urlsplit(target.url).hostname in LOOPBACK
@@ -44,16 +64,23 @@ class Gateway:
         self._client.close()
 
     def get(self, path: str) -> Any:
-        with self._sentences():
-            answer = self._client.get(path, timeout=10)
-            self._check(answer)
-            return self._json(answer.text)
+        return self._ask("GET", path)
+
+    def send(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        """A change. Raises Refused, or Unreachable where nobody knows whether it was done."""
+        try:
+            return self._ask(method, path, body)
+        except Unreachable as error:
+            if not error.asked:
+                raise
+            again = "It may have been done all the same: look before you repeat it."
+            raise Unreachable(f"{str(error).rstrip('.')}. {again}") from None
 
     def rows(self, path: str) -> list[dict[str, Any]]:
         data = self.get(path)
         rows = data.get("data") if isinstance(data, dict) else None
         if not isinstance(rows, list):
-            raise LLMEngineError(f"{self.url}{path} answers, but not as an llm-engine does.")
+            raise Unreachable(f"{self.url}{path} answers, but not as an llm-engine does.")
         return rows
 
     def stream(self, path: str, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -74,26 +101,56 @@ class Gateway:
             if not ended:
                 raise LLMEngineError("the answer ended early: the connection was closed.")
 
+    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+        with self._sentences():
+            answer = self._client.request(method, path, json=body, timeout=COLD_TIMEOUT_S)
+            self._check(answer)
+            self._note_clock(answer)
+            return self._json(answer.text)
+
+    def _note_clock(self, answer: "httpx.Response") -> None:
+        from email.utils import parsedate_to_datetime
+
+        try:
+            told = parsedate_to_datetime(answer.headers["date"]).timestamp()
+        except (KeyError, ValueError):
+            return
+        ahead = told - time.time()
+        self.skew_s = ahead if abs(ahead) > 2 else 0.0  # the header counts whole seconds
+
     def _json(self, text: str) -> Any:
         try:
             return json.loads(text)
         except ValueError:
-            raise LLMEngineError(f"{self.url} answers, but not as an llm-engine does.") from None
+            raise Unreachable(f"{self.url} answers, but not as an llm-engine does.") from None
 
     def _check(self, answer: "httpx.Response") -> None:
         if answer.status_code < 400:
             return
+        status = answer.status_code
         try:
-            message = error_message(answer.json())
+            body = answer.json()
         except ValueError:
-            message = None
+            body = None
+        message = error_message(body)
         if message is None:
-            raise LLMEngineError(
-                f"{self.url} answers, but not as an llm-engine does (HTTP {answer.status_code})."
+            raise Unreachable(
+                f"{self.url} answers, but not as an llm-engine does (HTTP {status}).",
+                asked=status >= 500,
             )
-        if answer.status_code == 401:
-            message += f" (--api-key or {ENV_KEY} gives the key.)"
-        raise LLMEngineError(message)
+        if status >= 500:
+            raise Unreachable(message)
+        if status in (401, 403):
+            message += f" {self._which_key()}"
+        raise Refused(message, status, body["error"].get("code"))
+
+    def _which_key(self) -> str:
+        """Never the key itself: at most the start by which `keys list` tells it from others."""
+        key = self._target.key
+        if key is None:
+            return f"(No key was sent: --api-key or {ENV_KEY} gives one.)"
+        shown = f" and begins with {key[:SHOWN]}" if key.startswith(KEY_PREFIX) else ""
+        return f"(The key that was sent is from {self._target.source or 'the program'}{shown}.)"
 
     @contextmanager
     def _sentences(self) -> Iterator[None]:
@@ -102,17 +159,23 @@ class Gateway:
         try:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout):
-            if self._starting:
+            if self._target.starting:
                 text = f"Nothing answers at {self.url} yet: `llm-engine up` is still starting."
             else:
                 text = f"Nothing answers at {self.url}: start it with `llm-engine up`."
-            raise LLMEngineError(text) from None
+            raise Unreachable(text, asked=False) from None
         except httpx.TimeoutException:
-            raise LLMEngineError(f"{self.url} did not answer in time.") from None
+            raise Unreachable(f"{self.url} did not answer in time.") from None
         except httpx.HTTPError as error:
-            raise LLMEngineError(
+            raise Unreachable(
                 f"the connection to {self.url} broke: {error or type(error).__name__}"
             ) from None
+
+
+def endpoint_path(name: str, rest: str = "") -> str:
+    from urllib.parse import quote
+
+    return f"/v1/endpoints/{quote(name, safe='/:@')}{rest}"
 
 
 def sse_data(lines: Iterator[str]) -> Iterator[str]:

@@ -4,12 +4,13 @@ Importing this must stay light: everything but typer is imported by the command 
 """
 
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 
+from llm_engine.cli import endpoint_commands, keys
+from llm_engine.cli.options import ApiKey, Config, Json, Url, connect
 from llm_engine.errors import LLMEngineError
 
 INTERRUPTED = 130
@@ -43,31 +44,8 @@ app = typer.Typer(
     help="An LLM platform on Ray and vLLM: one OpenAI-compatible address for many models.",
     epilog="Start here:  llm-engine up   and in another terminal   llm-engine chat",
 )
-
-Config = Annotated[
-    Path | None,
-    typer.Option(
-        "--config",
-        "-c",
-        metavar="FILE",
-        help="Configuration. Else LLM_ENGINE_CONFIG, else ./llm-engine.yaml, else defaults.",
-    ),
-]
-Url = Annotated[
-    str | None,
-    typer.Option(
-        metavar="URL",
-        help="The gateway. Else LLM_ENGINE_URL, else the `up` that runs, else the configuration's.",
-    ),
-]
-ApiKey = Annotated[
-    str | None,
-    typer.Option(
-        metavar="KEY",
-        help="Better given as LLM_ENGINE_API_KEY: command lines can be seen by others.",
-    ),
-]
-Json = Annotated[bool, typer.Option("--json", help="For programs.")]
+app.add_typer(endpoint_commands.app, name="endpoints")
+app.add_typer(keys.app, name="keys")
 
 
 def _version(wanted: bool) -> None:
@@ -145,7 +123,7 @@ def status(
     """Show each endpoint: its state, replicas, load, and why it is not ready."""
     from llm_engine.cli import status as tables
 
-    with _gateway(url, api_key, config) as gateway:
+    with connect(url, api_key, config) as gateway:
         tables.show_status(gateway, as_json=json)
 
 
@@ -156,7 +134,7 @@ def models(
     """List the models that clients can name."""
     from llm_engine.cli import status as tables
 
-    with _gateway(url, api_key, config) as gateway:
+    with connect(url, api_key, config) as gateway:
         tables.show_models(gateway, as_json=json)
 
 
@@ -198,7 +176,7 @@ def chat(
             raise LLMEngineError("there is no question: the pipe was empty.")
     limits = {"temperature": temperature, "max_completion_tokens": max_tokens}
     given = {key: value for key, value in limits.items() if value is not None}
-    with _gateway(url, api_key, config) as gateway:
+    with connect(url, api_key, config) as gateway:
         model = model or talks.pick_model(gateway)
         talk = talks.Chat(gateway, model, system, given)
         if interactive:
@@ -264,13 +242,6 @@ def version() -> None:
     parts = [f"{name} {installed(name)}" for name in ("ray", engine_build()) if name]
     python = ".".join(str(part) for part in sys.version_info[:3])
     print(f"llm-engine {__version__} ({', '.join(parts)}, Python {python})")
-
-
-def _gateway(url: str | None, key: str | None, config: Path | None) -> Any:
-    from llm_engine.cli import target
-    from llm_engine.cli.client import Gateway
-
-    return Gateway(target.find_target(url, key, config))
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import sys
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -24,6 +24,16 @@ STYLES = {
     "warn": "yellow",
     "fail": "red",
 }
+#: What the states of an endpoint are called in a sentence.
+WORDS = {
+    "UPDATE_PENDING": "is waiting",
+    "UPDATE_IN_PROGRESS": "is starting",
+    "READY": "is ready",
+    "UPDATE_FAILED": "failed",
+    "DELETE_IN_PROGRESS": "is stopping",
+}
+#: How a step on the way there is marked; one that runs has a spinner.
+MARKS = {"done": ("✓", "green"), "failed": ("✗", "red"), "waiting": ("·", "dim")}
 #: Control characters but newline and tab: what a model says must not steer the terminal.
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -39,7 +49,13 @@ def console(*, stderr: bool = False) -> "Console":
 
 def say(text: str, style: str = "", *, stderr: bool = False) -> None:
     """One line, wrapped by the terminal and not by us, so that it can be copied."""
-    console(stderr=stderr).print(text, style=style, soft_wrap=True)
+    console(stderr=stderr).print(plain(text), style=style, soft_wrap=True)
+
+
+def print_json(data: Any) -> None:
+    import json
+
+    print(json.dumps(data, indent=2))
 
 
 def complain(text: str) -> None:
@@ -73,6 +89,13 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+
+
+def moment(at: float | None) -> str:
+    """Unix seconds as the clock on the wall here shows them."""
+    from datetime import datetime
+
+    return "" if at is None else f"{datetime.fromtimestamp(at):%Y-%m-%d %H:%M:%S}"
 
 
 def gigabytes(size: float) -> str:

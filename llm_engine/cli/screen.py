@@ -17,15 +17,6 @@ if TYPE_CHECKING:
 
     from llm_engine.cli.doctor import Finding
 
-WORDS = {
-    "UPDATE_PENDING": "is waiting",
-    "UPDATE_IN_PROGRESS": "is starting",
-    "READY": "is ready",
-    "UPDATE_FAILED": "failed",
-    "DELETE_IN_PROGRESS": "is stopping",
-}
-MARKS = {"done": ("✓", "green"), "failed": ("✗", "red"), "waiting": ("·", "dim")}
-
 
 @dataclass
 class Step:
@@ -143,7 +134,7 @@ class Screen:
     def _endpoint(self, name: str, status: str, reason: str) -> None:
         step = self._models.setdefault(name, Step(name))
         step.note = reason
-        word = WORDS.get(status, status)
+        word = console.WORDS.get(status, status)
         if status in ("READY", "UPDATE_FAILED"):
             step.end("done" if status == "READY" else "failed")
         elif step.state in ("done", "failed"):  # it was up and starts anew
@@ -192,7 +183,7 @@ class Screen:
             if step.state == "running":
                 mark = self._spinner.render(time.monotonic())
             else:
-                mark = Text(*MARKS[step.state])
+                mark = Text(*console.MARKS[step.state])
             note_style = "red" if step.state == "failed" else "dim"
             grid.add_row(mark, step.label, step.elapsed, Text(step.note, note_style))
         return grid

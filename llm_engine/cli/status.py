@@ -1,7 +1,5 @@
 """`status` and `models`: what a gateway says of itself, as tables."""
 
-from typing import Any
-
 from llm_engine.cli import console
 from llm_engine.cli.client import Gateway
 
@@ -9,7 +7,7 @@ from llm_engine.cli.client import Gateway
 def show_status(gateway: Gateway, *, as_json: bool) -> None:
     health, rows = gateway.get("/health"), gateway.rows("/v1/endpoints")
     if as_json:
-        return _print_json({"address": gateway.url, "health": health, "endpoints": rows})
+        return console.print_json({"address": gateway.url, "health": health, "endpoints": rows})
     out = console.console()
     ready = sum(row["status"] == "READY" for row in rows)
     style = "green" if health.get("status") == "healthy" else "yellow"
@@ -38,7 +36,7 @@ def show_status(gateway: Gateway, *, as_json: bool) -> None:
 def show_models(gateway: Gateway, *, as_json: bool) -> None:
     rows = gateway.rows("/v1/models")
     if as_json:
-        return _print_json(rows)
+        return console.print_json(rows)
     if not rows:
         return console.say(f"{gateway.url} serves no model.")
     table = console.table(["model", "state", "context", "owned by"])
@@ -50,9 +48,3 @@ def show_models(gateway: Gateway, *, as_json: bool) -> None:
             row.get("owned_by") or "-",
         )
     console.console().print(table)
-
-
-def _print_json(data: Any) -> None:
-    import json
-
-    print(json.dumps(data, indent=2))

@@ -7,7 +7,7 @@ Precedence, first that is there wins:
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,7 @@ class Target:
     url: str
     key: str | None
     starting: bool = False  # an `up` is on its way there
+    source: str = field(default="", compare=False)  # where the key came from, in words
 
 
 def config_path(given: Path | None) -> Path | None:
@@ -50,19 +51,31 @@ def load_settings(given: Path | None) -> "Settings":
 def find_target(url: str | None, key: str | None, given: Path | None) -> Target:
     """Raises ConfigError only where the configuration is really needed."""
     environ = os.environ
-    extra = [part.strip() for part in environ.get(ENV_KEYS, "").split(",")]
-    key = key or environ.get(ENV_KEY) or next(filter(None, extra), None)
+    key, source = _given_key(key)
     url = url or environ.get(ENV_URL)
     if url is not None:  # a configured key is not sent to just any address
         url = url if "://" in url else f"http://{url}"
-        return Target(url.rstrip("/").removesuffix("/v1"), key)
+        return Target(url.rstrip("/").removesuffix("/v1"), key, source=source)
     settings = load_settings(given)
     gateway = settings.gateway
     if key is None and gateway.api_keys:
         key = gateway.api_keys[0].get_secret_value()
+        source = f"gateway.api_keys of {config_path(given)}"
     running = find_running(settings.cluster.state_dir)
     if running is not None and running.address:
-        return Target(running.address.rstrip("/"), key)
+        return Target(running.address.rstrip("/"), key, source=source)
     host = "127.0.0.1" if gateway.host in ("0.0.0.0", "::") else gateway.host
     host = f"[{host}]" if ":" in host else host
-    return Target(f"http://{host}:{gateway.port}", key, starting=running is not None)
+    starting = running is not None
+    return Target(f"http://{host}:{gateway.port}", key, starting=starting, source=source)
+
+
+def _given_key(option: str | None) -> tuple[str | None, str]:
+    """The key that needs no configuration, and where it is from."""
+    listed = [part.strip() for part in os.environ.get(ENV_KEYS, "").split(",")]
+    places = (
+        (option, "--api-key"),
+        (os.environ.get(ENV_KEY), ENV_KEY),
+        (next(filter(None, listed), None), ENV_KEYS),
+    )
+    return next(((key, source) for key, source in places if key), (None, ""))

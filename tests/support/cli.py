@@ -1,5 +1,11 @@
-"""The command line, run in process, in a folder with a configuration of its own."""
+"""The command line, run in process, in a folder with a configuration of its own; and a stand-in
+for the server that it talks to."""
 
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import yaml
@@ -21,3 +27,50 @@ def write_configuration(folder: Path) -> None:
         "cluster": {"state_dir": str(folder / "state")},
     }
     (folder / "llm-engine.yaml").write_text(yaml.safe_dump(told))
+
+
+class Server(ThreadingHTTPServer):
+    """Answers what `answers` holds for a path, and remembers what it was asked."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int = 0) -> None:
+        super().__init__(("127.0.0.1", port), Handler)
+        self.answers: dict[str, tuple[int, object]] = {}
+        self.asked: list[dict] = []
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_GET(self) -> None:
+        self.answer(b"")
+
+    def do_POST(self) -> None:
+        self.answer(self.rfile.read(int(self.headers["content-length"])))
+
+    def answer(self, body: bytes) -> None:
+        question = {"path": self.path, "key": self.headers["authorization"]}
+        self.server.asked.append(question | {"body": json.loads(body or b"null")})
+        status, content = self.server.answers.get(self.path, (404, "nothing here"))
+        text = content if isinstance(content, str) else json.dumps(content)
+        self.send_response(status)
+        self.send_header("content-length", str(len(text.encode())))
+        self.end_headers()
+        self.wfile.write(text.encode())
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def serving(port: int = 0) -> Iterator[Server]:
+    with Server(port) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()

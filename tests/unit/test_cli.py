@@ -3,9 +3,7 @@
 import json
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,9 +13,16 @@ from llm_engine import config
 from llm_engine.cli import chat, client, configuration, console, target
 from llm_engine.cli.target import Target
 from llm_engine.errors import LLMEngineError
-from tests.support.cli import run, write_configuration
+from tests.support.cli import Server, run, serving, write_configuration
 
-COMMANDS = "up down status models chat config ray-env doctor version".split()
+COMMANDS = "up down status models chat config ray-env doctor version endpoints keys".split()
+ENDPOINT_COMMANDS = "create list get update scale delete watch".split()
+KEY_COMMANDS = "create list revoke".split()
+EVERY_COMMAND = [
+    *COMMANDS,
+    *(f"endpoints {command}" for command in ENDPOINT_COMMANDS),
+    *(f"keys {command}" for command in KEY_COMMANDS),
+]
 IMPORT_BUDGET_S = 0.3
 
 
@@ -29,51 +34,12 @@ def elsewhere(tmp_path, monkeypatch):
     return tmp_path
 
 
-class Server(ThreadingHTTPServer):
-    """Answers what `answers` holds for a path, and remembers what it was asked."""
-
-    daemon_threads = True
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.answers: dict[str, tuple[int, object]] = {}
-        self.asked: list[dict] = []
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Server
-
-    def do_GET(self) -> None:
-        self.answer(b"")
-
-    def do_POST(self) -> None:
-        self.answer(self.rfile.read(int(self.headers["content-length"])))
-
-    def answer(self, body: bytes) -> None:
-        question = {"path": self.path, "key": self.headers["authorization"]}
-        self.server.asked.append(question | {"body": json.loads(body or b"null")})
-        status, content = self.server.answers.get(self.path, (404, "nothing here"))
-        text = content if isinstance(content, str) else json.dumps(content)
-        self.send_response(status)
-        self.send_header("content-length", str(len(text.encode())))
-        self.end_headers()
-        self.wfile.write(text.encode())
-
-    def log_message(self, *_: object) -> None:
-        pass
-
-
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server() as running_server:
-        thread = threading.Thread(target=running_server.serve_forever, args=(0.01,))
-        thread.start()
+    with serving() as running_server:
         running_server.answers["/health"] = (200, {"status": "degraded", "agents": 1})
         running_server.answers["/v1/endpoints"] = (200, {"data": [LOADING, READY]})
         yield running_server
-        running_server.shutdown()
-        thread.join()
 
 
 READY = {
@@ -115,16 +81,21 @@ def test_importing_the_command_line_is_light():
     assert min(times) < IMPORT_BUDGET_S
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", EVERY_COMMAND)
 def test_help_of_a_command_shows_an_example(command):
-    result = run(command, "--help")
+    result = run(*command.split(), "--help")
     assert result.exit_code == 0
-    assert "Example" in result.stdout and f"llm-engine {command}" in result.stdout
+    assert f"llm-engine {command}" in result.stdout.partition("Example")[2]
 
 
 def test_help_names_every_command():
-    text = run("--help").stdout
-    assert all(command in text for command in COMMANDS)
+    for group, commands in (
+        ((), COMMANDS),
+        (("endpoints",), ENDPOINT_COMMANDS),
+        (("keys",), KEY_COMMANDS),
+    ):
+        text = run(*group, "--help").stdout
+        assert all(command in text for command in commands)
 
 
 def test_version():
@@ -182,13 +153,30 @@ def test_something_else_answers(server):
     assert run("status", "--url", "http://[::1").exit_code == 1
 
 
-def test_a_missing_key_is_explained(server):
-    error = {"error": {"message": "You didn't provide an API key."}}
+def test_a_key_that_is_refused_is_traced_to_where_it_came_from(server, monkeypatch):
+    error = {"error": {"message": "Incorrect API key provided."}}
     server.answers["/v1/models"] = (401, error)
+    missing = run("models", "--url", server.url)
+    assert "(No key was sent: --api-key or LLM_ENGINE_API_KEY gives one.)" in missing.stderr
+    monkeypatch.setenv("LLM_ENGINE_API_KEYS", "sk-le-abcdefghijkl,other")
+    listed = run("models", "--url", server.url).stderr
+    assert "from LLM_ENGINE_API_KEYS and begins with sk-le-abcd.)" in listed
+    assert "efgh" not in listed
+    monkeypatch.setenv("LLM_ENGINE_API_KEY", "sekret")
+    named = run("models", "--url", server.url).stderr
+    assert "from LLM_ENGINE_API_KEY.)" in named and "sekret" not in named
+    server.answers["/v1/models"] = (403, error)
     result = run("models", "--url", server.url, "--api-key", "wrong")
-    assert result.exit_code == 1
-    assert "You didn't provide an API key. (--api-key or LLM_ENGINE_API_KEY" in result.stderr
+    assert result.exit_code == 1 and "from --api-key.)" in result.stderr
     assert server.asked[-1]["key"] == "Bearer wrong"
+
+
+def test_a_configured_key_that_is_refused_is_traced_to_its_file(server):
+    port = server.server_port
+    Path("mine.yaml").write_text(f"gateway: {{port: {port}, api_keys: [sekret]}}\n")
+    server.answers["/v1/models"] = (401, {"error": {"message": "Incorrect API key provided."}})
+    told = run("models", "--config", "mine.yaml").stderr
+    assert "from gateway.api_keys of mine.yaml.)" in told and "sekret" not in told
 
 
 # What it shows.
