@@ -7,19 +7,25 @@ from fastapi import APIRouter
 
 from llm_engine.api.dispatch import Dispatcher
 from llm_engine.api.http import Call
+from llm_engine.api.llm_engine_api import endpoints
+from llm_engine.api.llm_engine_api.completions import Completions
 from llm_engine.errors import APIError
 from llm_engine.services import Services
 
 
 def render_error(error: APIError) -> bytes:
+    """The client shows `detail` as it is, so it must be a sentence."""
     return orjson.dumps({"detail": error.message})
 
 
 def build_router(services: Services) -> APIRouter:
-    return APIRouter()
+    return endpoints.build_router(services)
 
 
 def build_hot(
     services: Services, dispatcher: Dispatcher
 ) -> dict[str, Callable[[Call], Awaitable[None]]]:
-    return {}
+    return {
+        "/v1/llm/completions-sync": Completions(services, dispatcher, stream=False),
+        "/v1/llm/completions-stream": Completions(services, dispatcher, stream=True),
+    }
