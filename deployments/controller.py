@@ -120,11 +120,11 @@ class Controller:
         status = await asyncio.to_thread(serve.status)
         applications = status.applications
         nodes = await asyncio.to_thread(alive_nodes)
-        tended = list(self._tended.values())
-        for each in tended:
+        for each in list(self._tended.values()):
             await self._tend(each, applications, nodes)
         await self._delete_others(applications)
         statuses = []
+        tended = list(self._tended.values())
         for each in tended:
             told = await self._status(each, applications, nodes)
             self._log_change(told)
@@ -237,6 +237,7 @@ class Controller:
 
     async def _deploy(self, tended: Tended, application: str, nodes: Nodes, replicas: int) -> None:
         logger.info("deploying %s (generation %s)", application, tended.version)
+        superseded = await asyncio.to_thread(replica.unplaced, application, tended.placed)
         target = build_endpoint(
             tended.settings, tended.version, self._gateway, total(nodes, "GPU") > 0, replicas
         )
@@ -255,6 +256,7 @@ class Controller:
             wait_for_ingress_deployment_creation=False,
             wait_for_applications_running=False,
         )
+        await asyncio.to_thread(replica.kill, superseded)
         # Only now: were we killed in between, the next controller would deploy it again.
         tended.record = replace(tended.record, deployed=tended.version)
         tended.unsaved = True
@@ -271,6 +273,8 @@ class Controller:
         elif running.status is not ApplicationStatus.DELETING:
             logger.info("deleting %s", application)
             await asyncio.to_thread(serve.delete, application, _blocking=False)
+        else:
+            await asyncio.to_thread(_kill_unplaced, application, tended.placed)
 
     async def _delete_others(self, applications: Applications) -> None:
         """Applications of this gateway that no record asks for."""
@@ -340,6 +344,10 @@ class Controller:
         if self._states.get(status.name) is not status.state:
             self._states[status.name] = status.state
             logger.info("endpoint %s is %s %s", status.name, status.state, status.reason or "")
+
+
+def _kill_unplaced(application: str, placed: set[str]) -> None:
+    replica.kill(replica.unplaced(application, placed))
 
 
 def _provisional(settings: EndpointSettings) -> EndpointRecord:

@@ -203,7 +203,8 @@ def gateway_client(settings: Settings) -> httpx.Client:
 def watch_endpoints(settings: Settings, cluster: LocalCluster, stop: threading.Event) -> None:
     """Tell every change of an endpoint's state, and once that all have settled."""
     told: dict[str, tuple[str, str | None]] = {}
-    settled = not settings.endpoints
+    declared = {endpoint.name for endpoint in settings.endpoints}
+    settled = not declared
     with gateway_client(settings) as client:
         while not stop.wait(1.0 if settled else 0.3):
             cluster.check_alive()
@@ -216,9 +217,9 @@ def watch_endpoints(settings: Settings, cluster: LocalCluster, stop: threading.E
                 if told.get(row["id"]) != now:
                     told[row["id"]] = now
                     tell("endpoint", name=row["id"], status=now[0], reason=now[1])
-            done = len(rows) == len(settings.endpoints) and all(
-                r["status"] in SETTLED for r in rows
-            )
+            # Those that clients have made come back too, but nobody waits for them here.
+            awaited = [row for row in rows if row["id"] in declared]
+            done = len(awaited) == len(declared) and all(r["status"] in SETTLED for r in awaited)
             if done and not settled:
                 settled = True
                 tell("settled", ready=[r["id"] for r in rows if r["status"] == "READY"])

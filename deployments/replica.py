@@ -1,11 +1,13 @@
 """What every deployment does first in its replica's process."""
 
+import contextlib
 import ipaddress
 import logging
+from collections.abc import Container, Iterable
 
 import ray
 import ray.serve._private.replica as serve_replica
-from ray.serve._private.common import DeploymentID
+from ray.serve._private.common import DeploymentID, ReplicaID
 from ray.serve.context import _get_global_client
 
 from llm_engine.config import Settings
@@ -50,6 +52,28 @@ async def scale(application: str, deployment: str, replicas: int) -> None:
     client = _get_global_client()
     wanted = DeploymentID(name=deployment, app_name=application)
     await client._controller.update_deployment_replicas.remote(wanted, replicas)
+
+
+def unplaced(application: str, placed: Container[str]) -> list[dict[str, str]]:
+    """The application's replicas that no node runs yet; `placed` have said a word.
+
+    Serve asks those, too, to shut down gracefully, and waits for the answer as long as a running
+    replica may take to drain: end them with `kill`. Private, so: it is here only, and a test
+    deletes such an endpoint.
+    """
+    found = []
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        if ReplicaID.is_full_id_str(actor["name"]):
+            replica = ReplicaID.from_full_id_str(actor["name"])
+            if replica.deployment_id.app_name == application and replica.unique_id not in placed:
+                found.append(actor)
+    return found
+
+
+def kill(actors: Iterable[dict[str, str]]) -> None:
+    for actor in actors:
+        with contextlib.suppress(ValueError):  # gone in the meantime
+            ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
 
 
 def check_exposure(settings: Settings) -> None:

@@ -66,9 +66,12 @@ class ModelRouter:
         return self._interval()
 
     async def forget(self, replica: str) -> None:
-        """A replica says that it has stopped."""
-        self._forget(replica)
-        self._redraw()
+        """A replica says that it has stopped. Why it failed is kept until the controller had
+        time to read it: like one that falls silent."""
+        report = self._reports.get(replica)
+        if report is not None and report.state is not ReplicaState.FAILED:
+            self._forget(replica)
+            self._redraw()
 
     async def set_endpoints(self, endpoints: list[EndpointStatus]) -> list[ReplicaReport]:
         """The controller's word on each endpoint. Returns what is known of the replicas."""

@@ -62,6 +62,11 @@ class Tended:
     def provisional(self) -> bool:
         return self.record.id.startswith(PROVISIONAL)
 
+    @property
+    def placed(self) -> set[str]:
+        """Replicas that a node runs, as far as is known."""
+        return {report.replica for report in self.reports}
+
     def become(self, record: EndpointRecord) -> None:
         """The store has answered at last: what runs already need not start anew."""
         deployed = self.record.deployed

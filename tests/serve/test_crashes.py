@@ -158,10 +158,8 @@ def test_while_the_store_is_away_models_answer_and_no_key_is_refused(
     delete(cluster, "now")
 
 
-def test_after_the_power_went_every_endpoint_is_back(
-    cluster: Cluster, settings: dict[str, Any]
-):
-    """In the middle of a create, of an update, of a delete; `declared` is asleep in peace."""
+def test_after_the_power_went_every_endpoint_is_back(cluster: Cluster, settings: dict[str, Any]):
+    """In the middle of a create, of an update and of a delete."""
     for name in ("kept", "updating", "leaving"):
         post(cluster, name, vllm_args={})
     for name in ("kept", "updating", "leaving"):

@@ -170,7 +170,7 @@ class Cluster:
             assert self._process is not None and self._process.poll() is None, self.events
             return None
 
-        return eventually(seen, timeout_s, what=f"no '{event}' in {self.events}")
+        return eventually(seen, timeout_s, what=f"no '{event}' within {timeout_s} s")
 
     def _listen(self) -> None:
         assert self._process is not None and self._process.stdout is not None

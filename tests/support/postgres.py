@@ -1,10 +1,16 @@
-"""A real PostgreSQL with data of its own, that tests may stop and start."""
+"""A real PostgreSQL with data of its own, that tests may stop, start and freeze."""
 
+import contextlib
+import os
 import shutil
+import signal
 import tempfile
 import uuid
 import warnings
+from collections.abc import Iterator
 from typing import Any, Self
+
+import psutil
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # platformdirs, where XDG_RUNTIME_DIR is not set
@@ -21,6 +27,8 @@ class Postgres:
 
     def __enter__(self) -> Self:
         self._server = pgserver.get_server(self._folder)
+        # A database is made for every test, and none needs to survive a power cut.
+        self._server.psql("ALTER SYSTEM SET fsync = off; SELECT pg_reload_conf();")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -38,3 +46,24 @@ class Postgres:
 
     def start(self) -> None:
         self._server.start()
+
+    @contextlib.contextmanager
+    def stopped(self) -> Iterator[None]:
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Connections stay open and nothing is answered, as when its host hangs."""
+        postmaster = psutil.Process(self._server.get_pid())
+        processes = [postmaster, *postmaster.children()]
+        for process in processes:
+            os.kill(process.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for process in processes:
+                os.kill(process.pid, signal.SIGCONT)
