@@ -27,7 +27,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     # Ray's sockets do not fit under pytest's own long folder names.
     folder = Path(tmp_path_factory.getbasetemp())
     settings = {
-        "gateway": {"port": free_port(), "api_keys": [Cluster.KEY], "min_replicas": 2},
+        "gateway": {"port": free_port(), "api_keys": [Cluster.KEY], "min_replicas": 2,
+                    "allowed_upstreams": ["127.0.0.1"]},
         "endpoints": [
             {"name": "demo-chat", "model": "builtin:chat",
              "autoscaling": {"min_replicas": 2, "max_replicas": 2}},
