@@ -20,7 +20,7 @@ class Route:
     """Where a name leads."""
 
     name: str  # as asked for
-    owner: str
+    owner: str  # of whatever names the fallback: with whose eyes it is looked for
     endpoint: EndpointStatus | None = None
     upstream: ModelRecord | None = None  # an external model; exactly one of the two is set
     registered: tuple[ModelRecord, ...] = ()  # the aliases on the way, whose limits hold, too
@@ -104,9 +104,10 @@ def _route(
     upstream: ModelRecord | None = None,
 ) -> Route:
     steps = [*aliases, *([upstream] if upstream else [])]
-    last = endpoint or upstream
-    fallback = next((m.fallback for m in steps if m.fallback), last.fallback if last else None)
-    owner = steps[0].owner if steps else endpoint.owned_by if endpoint else ""
+    owner, fallback = (endpoint.owned_by, endpoint.fallback) if endpoint else ("", None)
+    for model in reversed(steps):  # the first on the way has the say
+        if model.fallback is not None or not owner:
+            owner, fallback = model.owner, model.fallback
     return Route(name, owner, endpoint, upstream, tuple(aliases), fallback)
 
 

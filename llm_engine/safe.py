@@ -49,15 +49,21 @@ class Safe:
     def _secret(self) -> bytes:
         configured = self._settings.store.secret_key
         if configured is not None:
+            if not configured.get_secret_value():
+                raise _no_secret("the one that is configured is empty")
             return configured.get_secret_value().encode()
         kind, _, path = self._settings.store_url.partition(":///")
         if not kind.startswith("sqlite"):
-            raise Conflict(
-                f"Keys of external models cannot be kept: no secret is configured. Set "
-                f"{ENV_SECRET} to the same value on every node.",
-                code="no_secret_key",
-            )
+            raise _no_secret("none is configured")
         return _kept_beside(Path(path).expanduser())
+
+
+def _no_secret(why: str) -> Conflict:
+    return Conflict(
+        f"Keys of external models cannot be kept without a secret, and {why}. Operators: set "
+        f"{ENV_SECRET} to the same value on every node.",
+        code="no_secret_key",
+    )
 
 
 def _kept_beside(database: Path) -> bytes:

@@ -3,6 +3,8 @@
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
+import httpcore
+
 from llm_engine.api.relay import Pool
 from llm_engine.catalog import Catalog
 from llm_engine.config import Settings
@@ -33,6 +35,8 @@ class Services:
     catalog: Catalog = field(init=False)
     safe: Safe = field(init=False)
     pool: Pool = field(default_factory=Pool)
+    #: Connections to external models, once one has been called.
+    upstream_pool: httpcore.AsyncConnectionPool | None = None
     metrics: IngressMetrics = field(default_factory=IngressMetrics)
     #: Whether answers must carry x-request-id themselves; Ray Serve adds it where it is around.
     tell_request_id: bool = True

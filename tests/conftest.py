@@ -34,7 +34,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
              "autoscaling": {"min_replicas": 2, "max_replicas": 2}},
             {"name": "demo-embed", "model": "builtin:embed", "task": "embed"},
         ],
-        "cluster": {"state_dir": str(folder / "up"), "ray_port": 0,
+        "cluster": {"state_dir": str(folder / "up"), "ray_port": 0, "num_cpus": 4,
                     "dashboard_port": free_port()},
     }  # fmt: skip
     with Cluster(settings) as running:

@@ -48,6 +48,8 @@ class Dispatcher:
                 next_one = self._next(call, error, route, request, tried)
                 if next_one is None:
                     # The caller asked for the first one: its reason is the one they know.
+                    _say_who(call, None)
+                    call.status = first.status
                     raise first from None
                 logger.warning("%s cannot answer, %s does: %s", route.name, next_one.name, error)
                 self._metrics.fallbacks.labels(route.name, next_one.name).inc()
@@ -75,14 +77,15 @@ class Dispatcher:
     ) -> None:
         """One model's try, and its numbers."""
         if instead:
-            served_by = (SERVED_BY, route.name.encode("ascii", "replace"))
-            call.fixed_headers = [h for h in call.fixed_headers if h[0] != SERVED_BY]
-            call.fixed_headers.append(served_by)
+            _say_who(call, route.name)
+            # Each has the whole time limit to itself, and its own status in the numbers.
+            call.started, call.status = time.perf_counter(), 0
         label = route.endpoint.name if route.endpoint else route.name
+        steps = [*route.registered, *([route.upstream] if route.upstream else [])]
+        context = route.endpoint.max_model_len if route.endpoint else 0
         began = time.perf_counter()
         try:
-            for model in route.registered:
-                request = limits.hold(request, model)
+            request = limits.hold(request, steps, context)
             if route.endpoint is not None:
                 sent = rename(request, route.endpoint.name, route.name)
                 await self._replicas.serve(call, sent, form, route.endpoint)
@@ -104,3 +107,10 @@ class Dispatcher:
                 self._metrics.disconnects.labels(label).inc()
             self._metrics.requests.labels(label, request.path, call.status).inc()
             self._metrics.duration.labels(label).observe(time.perf_counter() - began)
+
+
+def _say_who(call: Call, name: str | None) -> None:
+    """Put into the answer's headers who gives it; None: who was asked."""
+    call.fixed_headers = [h for h in call.fixed_headers if h[0] != SERVED_BY]
+    if name is not None:
+        call.fixed_headers.append((SERVED_BY, name.encode("ascii", "replace")))

@@ -1,6 +1,8 @@
-"""The token limits that a registered model sets: checked and put into the request."""
+"""The token limits that registered models set: checked and put into the request."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import orjson
 
@@ -8,49 +10,72 @@ from llm_engine.api.requests import EngineRequest, Kind
 from llm_engine.errors import InvalidRequest
 from llm_engine.records import ModelRecord
 
-#: A token is rarely longer than this: an estimate from below, so that nothing that fits is refused.
-BYTES_PER_TOKEN = 5
+#: Of text in any language, more than a token has on average (English: 4 to 5). What is estimated
+#: with it is rarely above the truth, so that hardly anything that fits is refused here; what does
+#: not fit and passes is refused by the model itself.
+BYTES_PER_TOKEN = 8
 _OUTPUT = ("max_completion_tokens", "max_tokens")
 _PROMPT = {Kind.CHAT: "messages", Kind.COMPLETIONS: "prompt", Kind.EMBEDDINGS: "input"}
 
 
-def hold(request: EngineRequest, model: ModelRecord) -> EngineRequest:
-    """The request within the model's limits. Raises InvalidRequest where it asks for more."""
-    ceiling, context = model.max_output_token_count, model.max_token_count
-    if ceiling is None and context is None:
+def hold(
+    request: EngineRequest, models: Sequence[ModelRecord], served_context: int = 0
+) -> EngineRequest:
+    """The request within the limits of every model on its way; the tightest ones count.
+
+    `served_context`: the context length of the endpoint at the end of the way, where it is known.
+    Raises InvalidRequest where the request asks for more.
+    """
+    ceilings = [m for m in models if m.max_output_token_count is not None]
+    contexts = [m for m in models if m.max_token_count is not None]
+    if not ceilings and not contexts:
         return request
     data = orjson.loads(request.body)
     name = next((n for n in _OUTPUT if data.get(n) is not None), None)
     asked = data[name] if name else None
-    if ceiling is not None and asked is not None and asked > ceiling:
+    if contexts:
+        _check_context(request, min(contexts, key=_context), data, asked or 0)
+    if not ceilings or request.kind is Kind.EMBEDDINGS:
+        return request
+    tightest = min(ceilings, key=_ceiling)
+    ceiling = _ceiling(tightest)
+    if asked is not None and asked > ceiling:
         raise InvalidRequest(
-            f"'{name}' is {asked}; '{model.name}' answers with at most {ceiling} tokens.",
+            f"'{name}' is {asked}; '{tightest.name}' answers with at most {ceiling} tokens.",
             param=name,
             code="integer_above_max_value",
         )
-    if context is not None:
-        _check_context(request, model, data, asked or 0)
-    if ceiling is not None and asked is None and request.kind is not Kind.EMBEDDINGS:
-        # `max_tokens` is what every upstream knows, old or new, but for OpenAI's own newest.
-        key = "max_completion_tokens" if _is_openai(model) and request.kind is Kind.CHAT else None
-        return replace(request, body=orjson.dumps(data | {key or "max_tokens": ceiling}))
-    return request
+    # Text completions that do not say end after 16 tokens, as OpenAI has it. An engine whose
+    # context is no longer than the ceiling keeps below it by itself, and would refuse it.
+    if asked is not None or request.kind is not Kind.CHAT or 0 < served_context <= ceiling:
+        return request
+    return replace(request, body=orjson.dumps(data | {output_field(models[-1]): ceiling}))
+
+
+def output_field(model: ModelRecord) -> str:
+    """`max_tokens` is what every upstream knows, old or new, but for OpenAI's own newest."""
+    is_openai = model.url is not None and "//api.openai.com" in model.url
+    return "max_completion_tokens" if is_openai else "max_tokens"
+
+
+def _ceiling(model: ModelRecord) -> int:
+    assert model.max_output_token_count is not None
+    return model.max_output_token_count
+
+
+def _context(model: ModelRecord) -> int:
+    assert model.max_token_count is not None
+    return model.max_token_count
 
 
 def _check_context(
-    request: EngineRequest, model: ModelRecord, data: dict, output_tokens: int
+    request: EngineRequest, model: ModelRecord, data: dict[str, Any], output_tokens: int
 ) -> None:
     field = _PROMPT[request.kind]
-    prompt = data.get(field)
-    size = len(prompt.encode()) if isinstance(prompt, str) else len(orjson.dumps(prompt))
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], int):
-        tokens = len(prompt)
-    else:
-        tokens = size // BYTES_PER_TOKEN
-    assert model.max_token_count is not None
-    if tokens + output_tokens > model.max_token_count:
+    tokens = _estimate(request.kind, data.get(field))
+    if tokens + output_tokens > _context(model):
         raise InvalidRequest(
-            f"This model's maximum context length is {model.max_token_count} tokens, and the "
+            f"This model's maximum context length is {_context(model)} tokens, and the "
             f"request is for at least {tokens + output_tokens}: about {tokens} of prompt and "
             f"{output_tokens} of output.",
             param=field,
@@ -58,5 +83,26 @@ def _check_context(
         )
 
 
-def _is_openai(model: ModelRecord) -> bool:
-    return model.url is not None and "//api.openai.com" in model.url
+def _estimate(kind: Kind, prompt: Any) -> int:
+    """Tokens of the longest prompt: each of several has the context to itself."""
+    if kind is Kind.CHAT:
+        return max(1, sum(_text_bytes(message) for message in prompt) // BYTES_PER_TOKEN)
+    several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+    return max((_length(each) for each in (prompt if several else [prompt])), default=1)
+
+
+def _length(prompt: Any) -> int:
+    if isinstance(prompt, str):
+        return max(1, len(prompt.encode()) // BYTES_PER_TOKEN)
+    return len(prompt) if isinstance(prompt, list) else 1  # token ids count themselves
+
+
+def _text_bytes(message: dict[str, Any]) -> int:
+    """Only what is text: nobody here knows how many tokens an image is."""
+    content = message.get("content")
+    texts = [content] if isinstance(content, str) else []
+    if isinstance(content, list):
+        texts += [part.get("text") for part in content if isinstance(part, dict)]
+    for call in message.get("tool_calls") or ():
+        texts.append((call.get("function") or {}).get("arguments"))
+    return sum(len(text.encode()) for text in texts if isinstance(text, str))

@@ -7,8 +7,11 @@ name which resolves otherwise a moment later gains nothing.
 import asyncio
 import fnmatch
 import ipaddress
+import re
 import socket
+import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpcore
@@ -16,9 +19,29 @@ import httpcore
 from llm_engine.errors import InvalidRequest
 
 Address = ipaddress.IPv4Address | ipaddress.IPv6Address
-_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-#: Where clouds tell their machines' credentials.
-_LINK_LOCAL = (ipaddress.ip_network("169.254.0.0/16"), ipaddress.ip_network("fe80::/10"))
+
+RESOLVE_TIMEOUT_S = 5
+#: Names are looked up by threads of their own: a name server that a user has chosen and that never
+#: answers must not hold up what else waits for a thread, such as the store.
+_RESOLVERS = ThreadPoolExecutor(16, thread_name_prefix="resolve")
+#: What ends in an IPv4 address, and is that address in other clothes: NAT64, IPv4-compatible.
+_ENDS_IN_IPV4 = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("::/96"))
+#: All of IPv6 that is routed between networks; Python 3.11 takes much of the rest for global, too.
+_GLOBAL_UNICAST = ipaddress.IPv6Network("2000::/3")
+#: Where clouds tell their machines' credentials. No host name opens these, only their own entry.
+_METADATA = tuple(
+    ipaddress.ip_network(network)
+    for network in (
+        "169.254.0.0/16",  # link-local: AWS, Azure, Google, ...
+        "fe80::/10",
+        "fd00:ec2::254/128",  # AWS over IPv6
+        "fd20:ce::254/128",  # Google over IPv6
+        "100.100.100.200/32",  # Alibaba
+        "168.63.129.16/32",  # Azure's host agent, in public address space
+        "192.0.0.0/24",  # Oracle's older one, and what the IETF keeps for protocols
+    )
+)
+_PRINTABLE = re.compile(r"[!-~]+")
 
 
 class Refused(httpcore.ConnectError):
@@ -42,19 +65,27 @@ class Allowed:
         told = plain(ipaddress.ip_address(address.partition("%")[0]))
         if any(told in network for network in self._networks):
             return True
-        if any(told in network for network in _LINK_LOCAL):
+        if any(told in network for network in _METADATA):
             return False
-        named = any(fnmatch.fnmatch(host.lower(), pattern) for pattern in self._hosts)
-        return named or (told.is_global and not told.is_multicast)
+        return _is_public(told) or any(
+            fnmatch.fnmatchcase(host.lower(), pattern) for pattern in self._hosts
+        )
 
 
 def plain(address: Address) -> Address:
     """The IPv4 address inside an IPv6 one, where it is only that in other clothes."""
     if isinstance(address, ipaddress.IPv6Address):
-        if address in _NAT64:
+        # `::` and `::1` are themselves, and no IPv4 addresses.
+        if int(address) > 1 and any(address in network for network in _ENDS_IN_IPV4):
             return ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         return address.ipv4_mapped or address.sixtofour or address
     return address
+
+
+def _is_public(address: Address) -> bool:
+    if address.is_multicast or not address.is_global:
+        return False
+    return isinstance(address, ipaddress.IPv4Address) or address in _GLOBAL_UNICAST
 
 
 class GuardedBackend(httpcore.AsyncNetworkBackend):
@@ -72,11 +103,24 @@ class GuardedBackend(httpcore.AsyncNetworkBackend):
         local_address: str | None = None,
         socket_options: Any = None,
     ) -> httpcore.AsyncNetworkStream:
+        """Tries each address that is allowed, in the resolver's order, within one `timeout`."""
+        began = time.monotonic()
         addresses = await resolve(host, port)
         fine = [address for address in addresses if self._allowed.address(host, address)]
         if not fine:
             raise Refused(refusal(host))
-        return await self._inner.connect_tcp(fine[0], port, timeout, local_address, socket_options)
+        failure: Exception = httpcore.ConnectTimeout("no time was left")
+        for index, address in enumerate(fine):
+            share = None
+            if timeout is not None:
+                share = max(0, began + timeout - time.monotonic()) / (len(fine) - index)
+            try:
+                return await self._inner.connect_tcp(
+                    address, port, share, local_address, socket_options
+                )
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
+                failure = error
+        raise failure
 
     async def connect_unix_socket(self, *_: Any, **__: Any) -> httpcore.AsyncNetworkStream:
         raise Refused("upstreams are not reached through sockets of this machine")
@@ -89,23 +133,34 @@ async def resolve(host: str, port: int) -> list[str]:
     """Raises httpcore.ConnectError for a name that does not resolve."""
     loop = asyncio.get_running_loop()
     try:
-        found = await loop.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        async with asyncio.timeout(RESOLVE_TIMEOUT_S):
+            found = await loop.run_in_executor(_RESOLVERS, _look_up, host, port)
+    except TimeoutError:
+        raise httpcore.ConnectError(f"the host {host} was not found in time") from None
     except (OSError, UnicodeError):
         raise httpcore.ConnectError(f"the host {host} cannot be found") from None
-    return list(dict.fromkeys(str(each[4][0]) for each in found))
+    return list(dict.fromkeys(found))
+
+
+def _look_up(host: str, port: int) -> list[str]:
+    return [str(each[4][0]) for each in socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)]
 
 
 async def check(allowed: Allowed, url: str, param: str = "url") -> None:
     """Refuse early what could never be called. Raises InvalidRequest."""
     try:
+        if not _PRINTABLE.fullmatch(url):
+            raise ValueError("characters that no URL has")
         parsed = httpcore.URL(url)
         scheme, host, port = parsed.scheme.decode(), parsed.host.decode(), parsed.port
-    except (ValueError, UnicodeError, httpcore.UnsupportedProtocol):
+    except (ValueError, TypeError):
         raise InvalidRequest(f"'{param}' is not a URL.", param=param) from None
     if scheme not in ("http", "https") or not host:
         raise InvalidRequest(f"'{param}' must begin with http:// or https://.", param=param)
-    if "@" in url.split("//", 1)[1].split("/", 1)[0]:
+    if "@" in re.split(r"[/?#]", url.split("//", 1)[1], maxsplit=1)[0]:
         raise InvalidRequest(f"'{param}' must not hold a user or password.", param=param)
+    if "#" in url:
+        raise InvalidRequest(f"'{param}' must not have a fragment (#).", param=param)
     try:
         addresses = await resolve(host, port or 443)
     except httpcore.ConnectError:

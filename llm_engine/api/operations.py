@@ -119,7 +119,7 @@ class Operations:
             raise no_model(model)
         return record
 
-    async def reregister(self, who: Principal, model: str, **values: Any) -> ModelRecord:
+    async def reregister(self, who: Principal, model: str, /, **values: Any) -> ModelRecord:
         """Change what is given. `key`: another one, or None to have none any more."""
         record = await self._own_model(who, model)
         if "key" in values:

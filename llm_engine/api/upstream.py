@@ -7,22 +7,24 @@ with is checked before a byte goes on; what is no answer is a 502 that says why.
 import asyncio
 import contextlib
 import logging
+import re
 import time
 from collections.abc import AsyncIterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import httpcore
 import orjson
 
+from llm_engine import __version__
 from llm_engine.api import sse
 from llm_engine.api.http import Call, ClientGone
-from llm_engine.api.limits import hold
 from llm_engine.api.network_guard import Allowed, GuardedBackend, Refused
 from llm_engine.api.replicas import STREAM_HEADERS
-from llm_engine.api.requests import EngineRequest, Form, rename
+from llm_engine.api.requests import EngineRequest, Form, Kind, rename
 from llm_engine.errors import (
     APIError,
+    BodyTooLarge,
     InvalidRequest,
     NotFound,
     Overloaded,
@@ -35,126 +37,266 @@ from llm_engine.services import Services
 logger = logging.getLogger("llm_engine.api")
 
 CONNECT_TIMEOUT_S = 5
+#: Less than the 5 s after which common servers close an idle connection, so that no request is
+#: sent into one that is just being closed.
+KEEP_ALIVE_S = 4
 MAX_ANSWER_BYTES = 64 * 2**20
 MAX_EVENT_BYTES = 2**20
-MAX_CONNECTIONS = 500
+LAST_BYTES_S = 0.5  # how long the end of a stream may come after its [DONE]
+MOST_TOKENS = 2**31  # of one answer; what is over it is no number of tokens
 _SHOWN = 300  # characters of an upstream's own words
+_USAGE = re.compile(rb'"usage":\s*\{')
+_FINISHED = re.compile(rb'"finish_reason":\s*"')
+_BAD_FORM = (ValueError, KeyError, TypeError, AttributeError, IndexError)
+_BROKE_OFF = (
+    APIError,
+    TimeoutError,
+    httpcore.NetworkError,
+    httpcore.ProtocolError,
+    httpcore.TimeoutException,
+)
 
 
 class Upstreams:
     def __init__(self, services: Services) -> None:
+        self._services = services
         self._limits = services.settings.gateway
         self._metrics = services.metrics
         self._safe = services.safe
-        self._pool: httpcore.AsyncConnectionPool | None = None
 
     async def serve(
         self, call: Call, request: EngineRequest, form: Form, model: ModelRecord, shown: str
     ) -> None:
         """Answers the call, or raises APIError while nothing has been sent yet."""
-        sent = rename(hold(request, model), model.model or model.name, shown)
-        request = replace(sent, shown=shown)
+        sent = rename(request, model.model or model.name, shown)
+        key = self._safe.reveal(model.sealed_key) if model.sealed_key is not None else None
+        exchange = _Exchange(replace(sent, shown=shown), form, shown, key)
         in_flight = self._metrics.in_flight.labels(model.name)
         in_flight.inc()
         try:
             async with _until_gone(call):
-                await self._ask(call, request, form, model)
-        except Refused as error:
-            raise UpstreamFailed(f"The model '{shown}' cannot be called: {error}.") from None
-        except httpcore.TimeoutException:
-            raise TookTooLong(
-                f"The upstream of '{shown}' did not answer within "
-                f"{self._limits.request_timeout_s:g} s (gateway.request_timeout_s)."
-            ) from None
-        except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.ProxyError) as error:
-            raise UpstreamFailed(
-                f"The upstream of '{shown}' cannot be reached: {str(error) or 'it hung up'}."
-            ) from None
+                whole = await self._ask(call, exchange, model)
+        except _FAILURES as error:
+            raise self._failure(error, shown) from None
         finally:
             in_flight.dec()
+            self._count(model, exchange.usage)
+        # Only now that the upstream is done with: the server takes a client whose answer is
+        # complete for one that has gone.
+        if whole is None:
+            await call.write(b"", more=False)
+        else:
+            await call.reply(200, whole)
 
-    async def _ask(
-        self, call: Call, request: EngineRequest, form: Form, model: ModelRecord
-    ) -> None:
-        assert model.url is not None
-        url = model.url.rstrip("/") + request.path.removeprefix("/v1")
-        headers = [(b"content-type", b"application/json"), (b"accept-encoding", b"identity")]
-        if model.sealed_key is not None:
-            key = self._safe.reveal(model.sealed_key)
-            headers.append((b"authorization", b"Bearer " + key.encode()))
+    async def _ask(self, call: Call, exchange: "_Exchange", model: ModelRecord) -> bytes | None:
+        """The whole answer; None where it was streamed."""
+        limits = self._limits
+        waited = time.perf_counter() - call.started
         timeouts = {
             "connect": CONNECT_TIMEOUT_S,
             "pool": CONNECT_TIMEOUT_S,
-            "read": self._limits.request_timeout_s,
-            "write": self._limits.request_timeout_s,
+            "read": max(limits.request_timeout_s, limits.idle_timeout_s),
+            "write": limits.request_timeout_s,
         }
-        asking = self._connections().stream(
-            "POST", url, headers=headers, content=request.body, extensions={"timeout": timeouts}
-        )
-        async with asking as answer:
-            if answer.status != 200:
-                raise _refusal(answer, await _read(answer), request)
-            if request.stream:
-                await self._stream(call, request, form, model, answer)
-            else:
-                whole = await _read(answer)
-                self._count(model, whole)
-                await call.reply(200, _converted(form, request, whole))
+        async with asyncio.timeout(limits.request_timeout_s - waited) as deadline:
+            asking = self._connections().stream(
+                "POST",
+                _address(model, exchange.request),
+                headers=_headers(exchange),
+                content=exchange.request.body,
+                extensions={"timeout": timeouts},
+            )
+            async with asking as answer:
+                if answer.status != 200:
+                    raise exchange.refusal(answer, await _read(answer))
+                if not exchange.request.stream:
+                    return exchange.answer(await _read(answer))
+                async with contextlib.aclosing(_events(answer)) as events:
+                    await self._stream(call, exchange, model, events, deadline)
+        return None
 
     async def _stream(
         self,
         call: Call,
-        request: EngineRequest,
-        form: Form,
+        exchange: "_Exchange",
         model: ModelRecord,
-        answer: httpcore.Response,
+        events: AsyncIterator[bytes],
+        deadline: asyncio.Timeout,
     ) -> None:
-        events = _events(answer, self._limits.idle_timeout_s)
-        first = await anext(events, None)
-        if first is None:
-            raise _nonsense(request, "it ended without an event")
-        if first.startswith(b'{"error"'):
-            raise _told(500, first, request)
-        if first != sse.DONE:
-            _converted(form, request, first, event=True)  # raises while there can be an error
+        """The first event decides whether there is an answer at all."""
+        payload = await anext(events, None)
+        if payload is None:
+            raise exchange.nonsense("it ended without an event")
+        out = exchange.event(payload)
+        deadline.reschedule(None)
         await call.start(200, STREAM_HEADERS)
         self._metrics.first_token.labels(model.name).observe(time.perf_counter() - call.started)
-        done = False
-        payload: bytes | None = first
+        finished = False
         try:
-            while payload is not None:
-                done = done or payload == sse.DONE
-                if payload.startswith(b'{"error"'):
-                    raise _told(500, payload, request)
-                if b'"usage":{' in payload.replace(b" ", b""):
-                    self._count(model, payload)
-                await call.write(_converted(form, request, payload, event=True))
-                payload = await anext(events, None)
-            if not done:
-                raise _nonsense(request, "the stream ended before [DONE]")
-        except (APIError, httpcore.NetworkError, httpcore.ProtocolError, TimeoutError) as error:
+            while payload != sse.DONE:
+                finished = finished or _FINISHED.search(payload) is not None
+                await call.write(out)
+                async with asyncio.timeout(self._limits.idle_timeout_s):
+                    payload = await anext(events, None)
+                if payload is None and not finished:
+                    raise exchange.nonsense("the stream ended too early")
+                payload = payload or sse.DONE  # not every server says it
+                out = exchange.event(payload)
+            await call.write(out)
+            with contextlib.suppress(*_BROKE_OFF):  # read to its end, a connection can be kept
+                async with asyncio.timeout(LAST_BYTES_S):
+                    await anext(events, None)
+        except _BROKE_OFF as error:
             logger.warning("a stream of the external model %s broke off: %s", model.name, error)
             if not isinstance(error, APIError):
-                error = _nonsense(request, "the stream broke off")
-            await call.write(form.failure(error))
-        await call.write(b"", more=False)
+                silent = isinstance(error, TimeoutError | httpcore.TimeoutException)
+                why = "was silent for too long" if silent else "broke off"
+                error = exchange.nonsense(f"the stream {why}")
+            await call.write(exchange.form.failure(error))
 
-    def _count(self, model: ModelRecord, body: bytes) -> None:
+    def _failure(self, error: Exception, shown: str) -> APIError:
+        """What a call that got no answer ends with."""
+        match error:
+            case Refused():
+                return UpstreamFailed(f"The model '{shown}' cannot be called: {error}.")
+            case httpcore.PoolTimeout():
+                return Overloaded(
+                    f"{self._limits.max_in_flight} calls to external models are under way "
+                    "(gateway.max_in_flight). Retry later.",
+                    param="model",
+                    retry_after=self._limits.retry_after_s,
+                )
+            case httpcore.ConnectTimeout():
+                return TookTooLong(
+                    f"The upstream of '{shown}' accepts no connection within {CONNECT_TIMEOUT_S} s."
+                )
+            case TimeoutError() | httpcore.TimeoutException():
+                return TookTooLong(
+                    f"The upstream of '{shown}' did not answer within "
+                    f"{self._limits.request_timeout_s:g} s (gateway.request_timeout_s)."
+                )
+            case httpcore.LocalProtocolError() | httpcore.UnsupportedProtocol():
+                # Its text repeats the header that cannot be sent, which may be the key.
+                return UpstreamFailed(
+                    f"The upstream of '{shown}' cannot be called as it was registered: its url "
+                    "or its key holds characters that cannot be sent."
+                )
+        return UpstreamFailed(
+            f"The upstream of '{shown}' cannot be reached: {str(error) or 'it hung up'}."
+        )
+
+    def _count(self, model: ModelRecord, usage: Any) -> None:
         """What the upstream says it has used; it may say nothing, or nonsense."""
-        with contextlib.suppress(ValueError, TypeError, AttributeError):
-            usage = orjson.loads(body).get("usage") or {}
-            for kind in ("prompt", "completion"):
-                tokens = max(0, int(usage.get(f"{kind}_tokens") or 0))
+        for kind in ("prompt", "completion"):
+            tokens = usage.get(f"{kind}_tokens") if isinstance(usage, dict) else None
+            if isinstance(tokens, int) and 0 < tokens < MOST_TOKENS:
                 self._metrics.upstream_tokens.labels(model.name, kind).inc(tokens)
 
     def _connections(self) -> httpcore.AsyncConnectionPool:
-        if self._pool is None:
-            self._pool = httpcore.AsyncConnectionPool(
-                max_connections=MAX_CONNECTIONS,
-                keepalive_expiry=30,
+        services = self._services
+        if services.upstream_pool is None:
+            services.upstream_pool = httpcore.AsyncConnectionPool(
+                max_connections=self._limits.max_in_flight,
+                keepalive_expiry=KEEP_ALIVE_S,
                 network_backend=GuardedBackend(Allowed(self._limits.allowed_upstreams)),
             )
-        return self._pool
+        return services.upstream_pool
+
+
+_FAILURES = (
+    TimeoutError,
+    httpcore.TimeoutException,
+    httpcore.NetworkError,
+    httpcore.ProtocolError,
+    httpcore.ProxyError,
+    httpcore.UnsupportedProtocol,
+)
+
+
+@dataclass
+class _Exchange:
+    """One request to an upstream, and what its words mean to the caller."""
+
+    request: EngineRequest
+    form: Form
+    shown: str
+    key: str | None
+    usage: Any = None  # what the upstream has told last
+
+    def answer(self, whole: bytes) -> bytes:
+        """Raises APIError where it is none."""
+        try:
+            parsed = orjson.loads(whole)
+            if parsed.get("error"):
+                raise self.told(500, whole)
+            self.usage = parsed.get("usage")
+            self._check_shape(parsed)
+            return self.form.answer(self.request, whole)
+        except _BAD_FORM:
+            raise self.nonsense("it is not in OpenAI's form") from None
+
+    def event(self, payload: bytes) -> bytes:
+        """Raises APIError where the upstream gave up."""
+        try:
+            if b'"error"' in payload and orjson.loads(payload).get("error"):
+                raise self.told(500, payload)
+            if _USAGE.search(payload):
+                # Some tell it with each event, as a running total: the last one counts.
+                self.usage = orjson.loads(payload).get("usage")
+            return self.form.event(self.request, payload)
+        except _BAD_FORM:
+            raise self.nonsense("an event is not in OpenAI's form") from None
+
+    def nonsense(self, why: str) -> UpstreamFailed:
+        return UpstreamFailed(f"The upstream of '{self.shown}' sent no proper answer: {why}.")
+
+    def refusal(self, answer: httpcore.Response, body: bytes) -> APIError:
+        if 300 <= answer.status < 400:
+            return UpstreamFailed(
+                f"The upstream of '{self.shown}' redirects elsewhere, which is not followed. "
+                "Register the address that it redirects to."
+            )
+        error = self.told(answer.status, body)
+        if answer.status in (429, 503):
+            error.retry_after = _retry_after(answer)
+        return error
+
+    def told(self, status: int, body: bytes) -> APIError:
+        """An upstream's error: the caller's own mistakes in its words, the rest as ours to
+        answer for."""
+        said = _error_object(body)
+        code, param = (v if isinstance(v := said.get(k), str) else None for k in ("code", "param"))
+        if isinstance(said.get("code"), int) and status == 500 and 400 <= said["code"] < 600:
+            status = said["code"]  # an error inside a stream comes with HTTP status 200
+        words = str(said.get("message") or said.get("detail") or "no reason given")[:_SHOWN]
+        if self.key is not None:
+            words = words.replace(self.key, "***")
+        upstream = f"The upstream of '{self.shown}'"
+        if status in (401, 403):
+            return UpstreamFailed(
+                f"{upstream} does not accept the key that was registered for it (HTTP {status})."
+            )
+        if status in (404, 405):
+            return NotFound(
+                f"{upstream} does not know the model or path: {words}",
+                param="model",
+                code="model_not_found",
+            )
+        if status == 413:
+            return BodyTooLarge(f"{upstream}: {words}")
+        if status == 429:
+            return Overloaded(f"{upstream} has too many requests: {words}", param="model")
+        # 402: the bill of whoever registered it; 408: its own impatience.
+        if 400 <= status < 500 and status not in (402, 408):
+            return InvalidRequest(words, param=param, code=code)
+        return UpstreamFailed(f"{upstream} failed (HTTP {status}): {words}")
+
+    def _check_shape(self, answer: dict[str, Any]) -> None:
+        """What clients take for granted. Raises one of _BAD_FORM, or UpstreamFailed."""
+        rows = answer["data" if self.request.kind is Kind.EMBEDDINGS else "choices"]
+        part = {Kind.CHAT: "message", Kind.COMPLETIONS: "text", Kind.EMBEDDINGS: "embedding"}
+        if not rows or not all(part[self.request.kind] in row for row in rows):
+            raise self.nonsense("it holds no answer")
 
 
 @contextlib.asynccontextmanager
@@ -174,6 +316,26 @@ async def _until_gone(call: Call) -> AsyncIterator[None]:
         call.when_gone(None)
 
 
+def _address(model: ModelRecord, request: EngineRequest) -> str:
+    """The base as registered, its query kept, and the path that OpenAI's clients put after it."""
+    assert model.url is not None
+    base, mark, query = model.url.partition("?")
+    return base.rstrip("/") + request.path.removeprefix("/v1") + mark + query
+
+
+def _headers(exchange: _Exchange) -> list[tuple[bytes, bytes]]:
+    accepted = b"text/event-stream" if exchange.request.stream else b"application/json"
+    headers = [
+        (b"content-type", b"application/json"),
+        (b"accept", accepted),
+        (b"accept-encoding", b"identity"),
+        (b"user-agent", f"llm-engine/{__version__}".encode()),
+    ]
+    if exchange.key is not None:
+        headers.append((b"authorization", b"Bearer " + exchange.key.encode()))
+    return headers
+
+
 async def _read(answer: httpcore.Response) -> bytes:
     parts, size = [], 0
     async for part in answer.aiter_stream():
@@ -184,74 +346,53 @@ async def _read(answer: httpcore.Response) -> bytes:
     return b"".join(parts)
 
 
-async def _events(answer: httpcore.Response, idle_s: float) -> AsyncIterator[bytes]:
-    """The payloads of `data:` events, however their lines end."""
-    stream = answer.aiter_stream()
-    rest, data = b"", []
-    while True:
-        async with asyncio.timeout(idle_s):
-            part = await anext(stream, None)
-        if part is None:
-            return
-        *lines, rest = (rest + part).split(b"\n")
-        if len(rest) > MAX_EVENT_BYTES:
+async def _events(answer: httpcore.Response) -> AsyncIterator[bytes]:
+    """The payloads of `data:` events; lines end in \\n or \\r\\n. The last event of a stream may
+    lack the empty line after it."""
+    pieces: list[bytes] = []  # of a line that is not whole yet
+    data: list[bytes] = []
+    size = 0  # of what is held
+    async for part in answer.aiter_stream():
+        pieces.append(part)
+        size += len(part)
+        if size > MAX_EVENT_BYTES:
             raise UpstreamFailed(f"The upstream sent an event of over {MAX_EVENT_BYTES} bytes.")
+        if b"\n" not in part:
+            continue
+        *lines, rest = b"".join(pieces).split(b"\n")
+        pieces = [rest] if rest else []
         for line in lines:
-            line = line.rstrip(b"\r")
-            if line.startswith(b"data:"):
-                data.append(line[5:].removeprefix(b" "))
-            elif not line and data:
-                yield b"\n".join(data)
-                data = []
+            if event := _end_of_event(line, data):
+                yield event
+        size = len(rest) + sum(map(len, data))
+    for line in (b"".join(pieces), b""):
+        if event := _end_of_event(line, data):
+            yield event
 
 
-def _converted(form: Form, request: EngineRequest, body: bytes, event: bool = False) -> bytes:
+def _end_of_event(line: bytes, data: list[bytes]) -> bytes | None:
+    """Takes one line in; what the lines so far make, where this one is the empty one."""
+    line = line.rstrip(b"\r")
+    if line.startswith(b"data:"):
+        data.append(line[5:].removeprefix(b" "))
+    elif not line and data:
+        event = b"\n".join(data)
+        data.clear()
+        return event
+    return None
+
+
+def _error_object(body: bytes) -> dict[str, Any]:
+    """OpenAI's {"error": {...}}, or what others send in its place."""
     try:
-        return form.event(request, body) if event else form.answer(request, body)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        raise _nonsense(request, "it is not in OpenAI's form") from None
+        parsed = orjson.loads(body)
+    except ValueError:
+        return {}
+    said = (parsed.get("error") or parsed) if isinstance(parsed, dict) else parsed
+    return said if isinstance(said, dict) else {"message": said}
 
 
-def _nonsense(request: EngineRequest, why: str) -> UpstreamFailed:
-    return UpstreamFailed(f"The upstream of '{request.shown}' sent no proper answer: {why}.")
-
-
-def _refusal(answer: httpcore.Response, body: bytes, request: EngineRequest) -> APIError:
-    if 300 <= answer.status < 400:
-        return UpstreamFailed(
-            f"The upstream of '{request.shown}' redirects elsewhere, which is not followed. "
-            "Register the address that it redirects to."
-        )
-    error = _told(answer.status, body, request)
-    if isinstance(error, Overloaded):
-        wait = next((v for k, v in answer.headers if k.lower() == b"retry-after"), b"")
-        error.retry_after = int(wait) if wait.isdigit() else 1
-    return error
-
-
-def _told(status: int, body: bytes, request: EngineRequest) -> APIError:
-    """An upstream's error: the caller's own mistakes in its words, the rest as ours to answer."""
-    name, said = request.shown, {}
-    with contextlib.suppress(ValueError):
-        parsed: Any = orjson.loads(body)
-        said = parsed.get("error") or parsed if isinstance(parsed, dict) else {}
-    if not isinstance(said, dict):
-        said = {"message": said}
-    words = str(said.get("message") or "no reason given")[:_SHOWN]
-    code, param = (said.get(k) if isinstance(said.get(k), str) else None for k in ("code", "param"))
-    if status in (401, 403):
-        return UpstreamFailed(
-            f"The upstream of '{name}' does not accept the key that was registered for it "
-            f"(HTTP {status})."
-        )
-    if status == 404:
-        return NotFound(
-            f"The upstream of '{name}' does not know the model or path: {words}",
-            param="model",
-            code="model_not_found",
-        )
-    if status == 429:
-        return Overloaded(f"The upstream of '{name}' has too many requests: {words}", param="model")
-    if 400 <= status < 500:
-        return InvalidRequest(words, param=param, code=code)
-    return UpstreamFailed(f"The upstream of '{name}' failed (HTTP {status}): {words}")
+def _retry_after(answer: httpcore.Response) -> int:
+    """Seconds. A date, or nothing: soon."""
+    wait = next((v for k, v in answer.headers if k.lower() == b"retry-after"), b"")
+    return int(wait) if wait.isdigit() and len(wait) < 8 else 1

@@ -45,7 +45,7 @@ class Registered:
         with self._database.reading() as connection:
             return _one(connection, model)
 
-    def change(self, model: str, **values: Any) -> ModelRecord:
+    def change(self, model: str, /, **values: Any) -> ModelRecord:
         """Raises NotFound, or Conflict where the new name is taken."""
         try:
             with self._database.writing() as connection:
