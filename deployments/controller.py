@@ -59,7 +59,7 @@ class Controller:
         self._declared: list[EndpointSettings] = []
         self._undeclared = False  # the store does not know yet what is declared
         self._told = asyncio.Event()  # what is declared: before that, nothing may be deleted
-        self._mark: tuple[int, int] | None = None
+        self._mark: tuple[object, ...] | None = None
         self._read_at = 0.0
         self._directory_mark: tuple[object, ...] | None = None
         self._told_at = 0.0
@@ -172,7 +172,13 @@ class Controller:
         if tended.unsaved:
             deployed = tended.record.deployed
             assert deployed is not None
-            await asyncio.to_thread(self._store.endpoints.note_deployed, tended.record.id, deployed)
+            changed = await asyncio.to_thread(
+                self._store.endpoints.note_deployed, tended.record.id, deployed
+            )
+            if changed is None or changed.revision != tended.record.revision + 1:
+                self._mark = None  # somebody has asked for something else: read that first
+            else:
+                tended.record = changed
             tended.unsaved = False
 
     async def _declare(self) -> None:

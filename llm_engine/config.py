@@ -212,6 +212,8 @@ class EndpointSettings(Section):
     def _plain_name(cls, name: str) -> str:
         if any(part in ("", ".", "..") for part in name.split("/")):
             raise ValueError("a name's parts between '/' must not be empty, '.' or '..'")
+        if name.endswith("/events"):
+            raise ValueError("'/events' at the end is the path of an endpoint's events")
         return name
 
     @model_validator(mode="after")

@@ -167,6 +167,7 @@ class ModelRecord:
     max_output_token_count: int | None = None
     fallback: str | None = None
     public: bool = False
+    revision: int = 0  # counts changes
     created_at: float = 0.0
     updated_at: float = 0.0
 

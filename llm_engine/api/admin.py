@@ -12,7 +12,7 @@ from llm_engine.api.cold import first_problem, having, principal, read_json
 from llm_engine.api.operations import Operations
 from llm_engine.config import MASK, EndpointSettings
 from llm_engine.endpoints import shown_state
-from llm_engine.records import EndpointRecord, EndpointStatus, KeyRecord, Principal, Scope
+from llm_engine.records import EndpointRecord, EndpointStatus, KeyRecord, Phases, Principal, Scope
 from llm_engine.services import Services
 
 Anyone = Annotated[Principal, Depends(principal)]
@@ -139,10 +139,13 @@ def endpoint_row(
     spec = record.spec | {"env": dict.fromkeys(record.spec.get("env", {}), MASK)}
     live = status or EndpointStatus(record.name, spec["model"], spec["task"], record.state)
     state, reason = shown_state(record, status)
-    phases = live.phases
+    # What the controller said of the version before says nothing of the one that was asked for.
+    current = status is not None and state is status.state
+    phases = live.phases if current else Phases()
     return {
         "id": record.name,
         "object": "endpoint",
+        "record": record.id,  # another one, where a name was deleted and made again
         "model": spec["model"],
         "task": spec["task"],
         "owned_by": record.owner,
@@ -151,7 +154,7 @@ def endpoint_row(
         "status_reason": reason,
         "settled": record.settled,
         "last_error": live.last_error,
-        "eta_s": None if live.eta_s is None else round(live.eta_s, 1),
+        "eta_s": None if live.eta_s is None or not current else round(live.eta_s, 1),
         "phases": {
             "queued_s": _rounded(phases.queued),
             "scheduling_s": _rounded(phases.scheduling),
@@ -160,6 +163,7 @@ def endpoint_row(
             "total_s": _rounded(phases.total),
         },
         "created_at": int(record.created_at),
+        "requested_at": record.requested_at,
         "updated_at": record.updated_at,
         "max_model_len": live.max_model_len or None,
         "max_queue": spec["max_queue"],

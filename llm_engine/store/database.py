@@ -6,16 +6,21 @@ Blocking: asynchronous callers go through `asyncio.to_thread`.
 import contextlib
 import fcntl
 import logging
+import os
+import socket
+import threading
 from collections.abc import Iterator
+from enum import IntEnum
 from pathlib import Path
 from typing import Any
 
+import psycopg
 import sqlalchemy as sa
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy.exc import OperationalError, SQLAlchemyError
+from sqlalchemy.exc import SQLAlchemyError
 
 from llm_engine.errors import ConfigError, StoreUnavailable
 from llm_engine.ids import new_id
@@ -28,10 +33,20 @@ POOL_SIZE = 5
 CONNECT_TIMEOUT_S = 3
 STATEMENT_TIMEOUT_MS = 10_000
 RETRY_AFTER_S = 5
+#: PostgreSQL: longest silence of a server that may hang: at the first word, in a transaction.
+PING_LIMIT_S, TRANSACTION_LIMIT_S = 3.0, 15.0
 #: SQLite: longest wait for another process's write.
 BUSY_TIMEOUT_MS = 5_000
-_MIGRATION_LOCK = 0x6C6C6D65  # any number that no other application uses
 _MIGRATIONS = Path(__file__).parent / "migrations"
+
+
+class Lock(IntEnum):
+    """PostgreSQL's advisory locks: numbers that no other application is likely to use."""
+
+    MIGRATION = 0x6C6C6D65
+    KEYS = 0x6C6C6D66
+    ENDPOINTS = 0x6C6C6D67
+    MODELS = 0x6C6C6D68
 
 
 class Database:
@@ -48,13 +63,18 @@ class Database:
     @contextlib.contextmanager
     def reading(self) -> Iterator[sa.Connection]:
         """Raises StoreUnavailable where the database does not answer."""
-        with _in_words(self), self._engine.connect() as connection:
+        with _in_words(self), self._engine.connect() as connection, self._limited(connection):
             yield connection.execution_options(only_reads=True)
 
     @contextlib.contextmanager
-    def writing(self) -> Iterator[sa.Connection]:
-        """One transaction: all of it is durable when the block ends, or none of it."""
-        with _in_words(self), self._engine.begin() as connection:
+    def writing(self, alone: Lock | None = None) -> Iterator[sa.Connection]:
+        """One transaction: all of it is durable when the block ends, or none of it.
+
+        `alone`: nobody else is in a transaction with the same lock. SQLite has one writer anyway.
+        """
+        with _in_words(self), self._engine.begin() as connection, self._limited(connection):
+            if alone is not None and not self.is_sqlite:
+                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(alone)))
             yield connection
 
     def migrate(self) -> str:
@@ -67,6 +87,8 @@ class Database:
             if current != ScriptDirectory.from_config(config).get_current_head():
                 logger.info("migrating the store %s", self.shown)
                 with self._engine.begin() as connection:
+                    if not self.is_sqlite:
+                        connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
                     config.attributes["connection"] = connection
                     command.upgrade(config, "head")
             with self._engine.begin() as connection:
@@ -91,6 +113,15 @@ class Database:
         self._engine.dispose()
 
     @contextlib.contextmanager
+    def _limited(self, connection: sa.Connection) -> Iterator[None]:
+        """`statement_timeout` is the server's own: one that hangs does not look at its clock."""
+        if self.is_sqlite:
+            yield
+            return
+        with _cut_after(TRANSACTION_LIMIT_S, connection.connection.dbapi_connection):
+            yield
+
+    @contextlib.contextmanager
     def _one_at_a_time(self) -> Iterator[None]:
         if self.is_sqlite:
             if not self.url.database:
@@ -101,23 +132,31 @@ class Database:
                 yield
             return
         with self._engine.connect() as connection:
-            connection.execute(sa.select(sa.func.pg_advisory_lock(_MIGRATION_LOCK)))
+            # Another one's migration may take its time.
+            connection.exec_driver_sql("SET statement_timeout = 0")
+            connection.execute(sa.select(sa.func.pg_advisory_lock(Lock.MIGRATION)))
             try:
                 yield
             finally:
-                connection.execute(sa.select(sa.func.pg_advisory_unlock(_MIGRATION_LOCK)))
+                connection.execute(sa.select(sa.func.pg_advisory_unlock(Lock.MIGRATION)))
+                connection.exec_driver_sql("RESET statement_timeout")
 
 
 def _parse(url: str) -> sa.URL:
     try:
         parsed = sa.make_url(url)
-    except SQLAlchemyError:
-        raise ConfigError(f"store.url is not a database URL: {url.split(':')[0]}:...") from None
+    except (SQLAlchemyError, ValueError):  # whose words may hold a piece of the password
+        raise ConfigError(
+            "store.url is not a database URL. It is sqlite:///FILE or "
+            "postgresql://USER:PASSWORD@HOST/DATABASE, with %40 for a @ in a password."
+        ) from None
     kind = parsed.get_backend_name()
     if kind == "postgresql":
         return parsed.set(drivername="postgresql+psycopg")
     if kind != "sqlite":
         raise ConfigError(f"store.url: '{kind}' is not supported; use sqlite:/// or postgresql://")
+    if parsed.host:
+        raise ConfigError("store.url: a SQLite URL has three slashes before the file, or four")
     if not parsed.database or parsed.database == ":memory:":
         raise ConfigError("store.url names no file; a store that is only in memory loses all")
     path = Path(parsed.database).expanduser().absolute()
@@ -125,22 +164,61 @@ def _parse(url: str) -> sa.URL:
 
 
 def _engine(url: sa.URL) -> sa.Engine:
-    if url.get_backend_name() == "postgresql":
-        return sa.create_engine(
-            url,
-            pool_size=POOL_SIZE,
-            max_overflow=0,
-            pool_timeout=CONNECT_TIMEOUT_S,
-            pool_pre_ping=True,  # a server that was restarted costs no request
-            connect_args={
-                "connect_timeout": CONNECT_TIMEOUT_S,
-                "options": f"-c statement_timeout={STATEMENT_TIMEOUT_MS}",
-            },
-        )
+    return _postgresql(url) if url.get_backend_name() == "postgresql" else _sqlite(url)
+
+
+def _postgresql(url: sa.URL) -> sa.Engine:
+    engine = sa.create_engine(
+        url,
+        pool_size=POOL_SIZE,
+        max_overflow=0,
+        pool_timeout=CONNECT_TIMEOUT_S,
+        connect_args={
+            "connect_timeout": CONNECT_TIMEOUT_S,
+            "options": f"-c statement_timeout={STATEMENT_TIMEOUT_MS}",
+        },
+    )
+
+    @sa.event.listens_for(engine, "checkout")
+    def ping(connection: Any, record: Any, _: Any) -> None:
+        """A server that was restarted costs no request: the pool tries a new connection."""
+        try:
+            with _cut_after(PING_LIMIT_S, connection):
+                connection.execute("SELECT 1")
+                connection.rollback()
+        except psycopg.Error as error:
+            raise sa.exc.DisconnectionError(str(error)) from None
+
+    return engine
+
+
+@contextlib.contextmanager
+def _cut_after(seconds: float, connection: Any) -> Iterator[None]:
+    """Shut a connection's socket if what is inside takes longer; libpq then gives up waiting."""
+
+    def cut() -> None:
+        with contextlib.suppress(OSError, psycopg.Error):
+            copy = socket.socket(fileno=os.dup(connection.fileno()))
+            with copy:
+                copy.shutdown(socket.SHUT_RDWR)
+
+    timer = threading.Timer(seconds, cut)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _sqlite(url: sa.URL) -> sa.Engine:
     assert url.database is not None
     path = Path(url.database)
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    path.touch(mode=0o600)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        path.touch(mode=0o600)
+    except OSError as error:
+        raise ConfigError(f"store.url: {path} cannot be written: {error.strerror}") from None
     engine = sa.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
 
     @sa.event.listens_for(engine, "connect")
@@ -163,7 +241,13 @@ def _engine(url: sa.URL) -> sa.Engine:
 def _in_words(database: Database) -> Iterator[None]:
     try:
         yield
-    except (OperationalError, sa.exc.InterfaceError, sa.exc.TimeoutError) as error:
+    except (
+        sa.exc.OperationalError,
+        sa.exc.InterfaceError,
+        sa.exc.InternalError,  # a server that only reads, as after a failover
+        sa.exc.TimeoutError,
+        sa.exc.DisconnectionError,
+    ) as error:
         # The cause is for operators: it may name hosts and users.
         logger.warning("the store %s does not answer: %s", database.shown, _first_line(error))
         raise StoreUnavailable(
@@ -171,6 +255,10 @@ def _in_words(database: Database) -> Iterator[None]:
             "served answer on. Retry later.",
             retry_after=RETRY_AFTER_S,
         ) from error
+    except sa.exc.DatabaseError as error:
+        if "not a database" not in str(error.orig):
+            raise
+        raise ConfigError(f"store.url: {database.url.database} is not a SQLite database") from None
 
 
 def _first_line(error: Exception) -> str:

@@ -23,7 +23,7 @@ from llm_engine.ids import new_id
 from llm_engine.records import EndpointRecord
 from llm_engine.statuses import EndpointState
 from llm_engine.store import journal, tables
-from llm_engine.store.database import Database
+from llm_engine.store.database import Database, Lock
 
 table = tables.endpoints.c
 #: Earlier starts that an ETA is learned from.
@@ -42,7 +42,7 @@ class Endpoints:
     ) -> EndpointRecord:
         """Raises Conflict where the name is taken or there are `limit` endpoints."""
         try:
-            with self._database.writing() as connection:
+            with self._database.writing(alone=Lock.ENDPOINTS) as connection:
                 counted = sa.select(sa.func.count()).select_from(tables.endpoints)
                 if (connection.execute(counted).scalar() or 0) >= limit:
                     raise Conflict(
@@ -91,8 +91,8 @@ class Endpoints:
         What clients made is left alone. Returns the names that a client's endpoint has taken.
         """
         taken = []
-        with self._database.writing() as connection:
-            known = {record.name: record for record in _all(connection)}
+        with self._database.writing(alone=Lock.ENDPOINTS) as connection:
+            known = {record.name: record for record in _all(connection, lock=True)}
             for settings in declared:
                 record = known.get(settings.name)
                 version = declaration(settings)
@@ -130,6 +130,7 @@ class Endpoints:
         phases: dict[str, float | None] | None,
     ) -> EndpointRecord | None:
         """The record with its new state; None where somebody has changed it in between."""
+        reason = reason and reason.replace("\x00", "")  # an engine's last words may be anything
         with self._database.writing() as connection:
             row = connection.execute(
                 tables.endpoints.update()
@@ -150,18 +151,23 @@ class Endpoints:
                 journal.note(connection, record.id, str(state), reason)
             return _record(row)
 
-    def note_deployed(self, endpoint: str, version: str) -> None:
-        """`version`: the generation that the cluster now has."""
+    def note_deployed(self, endpoint: str, version: str) -> EndpointRecord | None:
+        """`version`: the generation that the cluster now has. None where it is gone."""
         with self._database.writing() as connection:
-            connection.execute(
-                tables.endpoints.update().where(table.id == endpoint).values(deployed=version)
-            )
+            row = connection.execute(
+                tables.endpoints.update()
+                .where(table.id == endpoint)
+                .values(deployed=version, revision=table.revision + 1)
+                .returning(*table)
+            ).one_or_none()
+            return None if row is None else _record(row)
 
     def remove(self, record: EndpointRecord) -> None:
         """Nothing of it is left in the cluster."""
         with self._database.writing() as connection:
-            connection.execute(tables.endpoints.delete().where(table.id == record.id))
-            journal.note(connection, record.id, "deleted")
+            done = connection.execute(tables.endpoints.delete().where(table.id == record.id))
+            if done.rowcount:
+                journal.note(connection, record.id, "deleted")
 
     # -- how long starts take
 
@@ -272,8 +278,9 @@ def _update(
     return _record(connection.execute(statement.returning(*table)).one())
 
 
-def _all(connection: sa.Connection) -> list[EndpointRecord]:
-    rows = connection.execute(sa.select(tables.endpoints).order_by(table.id))
+def _all(connection: sa.Connection, lock: bool = False) -> list[EndpointRecord]:
+    wanted = sa.select(tables.endpoints).order_by(table.id)
+    rows = connection.execute(wanted.with_for_update() if lock else wanted)
     return [_record(row) for row in rows]
 
 

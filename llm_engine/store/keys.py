@@ -8,7 +8,7 @@ import sqlalchemy as sa
 from llm_engine.errors import Conflict, NotFound
 from llm_engine.records import KeyRecord, Scope
 from llm_engine.store import journal, tables
-from llm_engine.store.database import Database
+from llm_engine.store.database import Database, Lock
 
 
 class Keys:
@@ -16,13 +16,16 @@ class Keys:
         self._database = database
 
     def add(self, record: KeyRecord, limit: int) -> None:
-        """Raises Conflict where there are `limit` keys already."""
-        with self._database.writing() as connection:
-            count = connection.execute(sa.select(sa.func.count()).select_from(tables.keys)).scalar()
-            if count is not None and count >= limit:
+        """Raises Conflict where there are `limit` keys already, not counting revoked ones."""
+        with self._database.writing(alone=Lock.KEYS) as connection:
+            if _count(connection) >= limit:
+                # Once forgotten they are refused all the same, just with fewer words.
+                revoked = tables.keys.c.revoked_at.is_not(None)
+                connection.execute(tables.keys.delete().where(revoked))
+            if _count(connection) >= limit:
                 raise Conflict(
-                    f"There are {count} keys, the most that are kept (store.max_keys). Raise it, "
-                    "or prune revoked ones.",
+                    f"There are {limit} keys, the most that are kept (store.max_keys). Revoke "
+                    "some, or raise it.",
                     code="too_many_keys",
                 )
             connection.execute(
@@ -69,6 +72,10 @@ class Keys:
             if done.rowcount:
                 journal.note(connection, key, "key.revoked")
             return _record(row)
+
+
+def _count(connection: sa.Connection) -> int:
+    return connection.execute(sa.select(sa.func.count()).select_from(tables.keys)).scalar_one()
 
 
 def _record(row: sa.Row) -> KeyRecord:

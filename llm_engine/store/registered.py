@@ -9,7 +9,7 @@ from sqlalchemy.exc import IntegrityError
 from llm_engine.errors import Conflict, NotFound
 from llm_engine.records import ModelRecord
 from llm_engine.store import journal, tables
-from llm_engine.store.database import Database
+from llm_engine.store.database import Database, Lock
 
 
 class Registered:
@@ -20,7 +20,7 @@ class Registered:
         """Raises Conflict for a name that the owner has already, or where there are `limit`."""
         values = {name: getattr(record, name) for name in ModelRecord.__dataclass_fields__}
         try:
-            with self._database.writing() as connection:
+            with self._database.writing(alone=Lock.MODELS) as connection:
                 counted = sa.select(sa.func.count()).select_from(tables.models)
                 if (connection.execute(counted).scalar() or 0) >= limit:
                     raise Conflict(
@@ -52,7 +52,11 @@ class Registered:
                 connection.execute(
                     tables.models.update()
                     .where(tables.models.c.id == model)
-                    .values(**values, updated_at=time.time())
+                    .values(
+                        **values,
+                        updated_at=time.time(),
+                        revision=tables.models.c.revision + 1,
+                    )
                 )
                 changed = _one(connection, model)
                 journal.note(connection, model, "model.changed")
@@ -67,8 +71,10 @@ class Registered:
     def remove(self, model: str) -> None:
         """Raises NotFound."""
         with self._database.writing() as connection:
-            _one(connection, model)
-            connection.execute(tables.models.delete().where(tables.models.c.id == model))
+            if not connection.execute(
+                tables.models.delete().where(tables.models.c.id == model)
+            ).rowcount:
+                raise no_model(model)
             journal.note(connection, model, "model.deleted")
 
 

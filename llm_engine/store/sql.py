@@ -29,25 +29,21 @@ class Store:
         store.database.migrate()
         return store
 
-    def mark(self) -> tuple[int, int]:
-        """Another one after every change of a record. The count tells of a transaction that
-        committed after one with a higher id."""
-        with self.database.reading() as connection:
-            counted = sa.select(sa.func.count(), sa.func.max(tables.events.c.id))
-            count, last = connection.execute(counted.select_from(tables.events)).one()
-            return count, last or 0
+    def mark(self) -> tuple[object, ...]:
+        """Another one after every change of an endpoint."""
+        return self._mark(tables.endpoints.c.id, sa.func.sum(tables.endpoints.c.revision))
 
     def directory_mark(self) -> tuple[object, ...]:
         """Another one after every change of what `directory` tells."""
         keys, models = tables.keys.c, tables.models.c
+        changes = sa.func.sum(models.revision)
+        return self._mark(keys.id, sa.func.count(keys.revoked_at)) + self._mark(models.id, changes)
+
+    def _mark(self, key: sa.ColumnElement, changes: sa.ColumnElement) -> tuple[object, ...]:
+        """Of numbers that no clock has made, and that a late commit cannot leave as they were."""
         with self.database.reading() as connection:
-            told = connection.execute(
-                sa.select(sa.func.count(), sa.func.count(keys.revoked_at), sa.func.max(keys.id))
-            ).one()
-            registered = connection.execute(
-                sa.select(sa.func.count(), sa.func.max(models.updated_at), sa.func.max(models.id))
-            ).one()
-            return (*told, *registered)
+            row = connection.execute(sa.select(sa.func.count(), sa.func.max(key), changes)).one()
+            return tuple(row)
 
     def directory(self) -> Directory:
         """What every ingress replica has in memory."""

@@ -81,6 +81,7 @@ models = Table(
     Column("max_output_token_count", Integer),
     Column("fallback", String(200)),
     Column("public", Boolean, nullable=False),
+    Column("revision", Integer, nullable=False),  # counts changes
     Column("created_at", _Time, nullable=False),
     Column("updated_at", _Time, nullable=False),
     UniqueConstraint("owner", "name"),

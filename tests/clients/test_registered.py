@@ -99,9 +99,7 @@ def test_another_model_answers_for_one_that_cannot(cluster: Cluster, name: str):
         eventually(lambda: client.get(f"/v1/endpoints/{name}").status_code == 404, 60, 0.3)
 
 
-def test_calute_learns_the_context_length_from_the_list_of_models(
-    cluster: Cluster, tmp_path: Path
-):
+def test_calute_learns_the_context_length_from_the_list_of_models(cluster: Cluster, tmp_path: Path):
     """In an environment of its own: what it depends on is at odds with Ray."""
     script = tmp_path / "ask.py"
     script.write_text(CALUTE)

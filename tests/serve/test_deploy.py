@@ -110,7 +110,8 @@ def test_an_update_that_fails_leaves_the_old_version_serving(nodes: Nodes):
 
     eventually(told, 90, 0.5)
     row = nodes.endpoints()["steady"]
-    assert row["status"] == "READY" and "has no nonsense" in row["status_reason"]
+    assert row["status"] == "UPDATE_FAILED" and row["replicas_ready"] == 1
+    assert "has no nonsense" in row["status_reason"]
     with nodes.client() as client:
         assert client.post("/v1/chat/completions", json=chat("steady", 3)).is_success
 
@@ -167,6 +168,32 @@ def test_too_few_gpus_is_said(nodes: Nodes):
         return nodes.endpoints().get("demo-chat", {}).get("status_reason") or ""
 
     eventually(lambda: "needs 4 GPUs, the cluster has 0" in reason(), 30, 0.5)
+
+
+def test_deploying_the_gateway_anew_leaves_alone_what_clients_have_made(nodes: Nodes):
+    nodes.deploy(settings(nodes, TWO))
+    nodes.wait_ready("two")
+    with nodes.client() as client:
+        made = client.post("/v1/endpoints", json={**ADDED, "name": "made", "num_cpus": 0.2})
+        assert made.status_code == 201
+        nodes.wait_ready("two", "made")
+        before = replicas(nodes)
+        changed = settings(nodes, TWO)
+        changed["gateway"]["retry_after_s"] = 7  # another gateway: every part of it restarts
+        nodes.deploy(changed)
+
+        def restarted() -> bool:
+            now = replicas(nodes)
+            return not now["llm-engine/Controller"] & before["llm-engine/Controller"]
+
+        eventually(restarted, 60, 0.5, "the gateway was not deployed anew")
+        nodes.wait_ready("two", "made")
+        after = replicas(nodes)
+        for application in ("llm-engine.two", "llm-engine.made"):
+            name = f"{application}/EngineReplica"
+            assert after[name] == before[name], "its engines were restarted"
+        eventually(lambda: client.delete("/v1/endpoints/made").is_success, 20, 0.5)
+    nodes.wait_ready("two")
 
 
 def test_without_keys_it_does_not_serve_beyond_loopback(tmp_path):

@@ -79,6 +79,7 @@ def upgrade() -> None:
         sa.Column("max_output_token_count", sa.Integer(), nullable=True),
         sa.Column("fallback", sa.String(length=200), nullable=True),
         sa.Column("public", sa.Boolean(), nullable=False),
+        sa.Column("revision", sa.Integer(), nullable=False),
         sa.Column("created_at", _TIME, nullable=False),
         sa.Column("updated_at", _TIME, nullable=False),
         sa.PrimaryKeyConstraint("id", name="pk_models"),
