@@ -28,21 +28,23 @@ def build_router(services: Services) -> APIRouter:
 
 
 def _add_endpoints(router: APIRouter, services: Services, operations: Operations) -> None:
-    async def row(record: EndpointRecord, with_replicas: bool = True) -> dict[str, Any]:
+    async def row(
+        who: Principal, record: EndpointRecord, with_replicas: bool = True
+    ) -> dict[str, Any]:
         replicas = await services.describe_replicas() if with_replicas else []
-        return endpoint_row(record, operations.status(record.name), replicas)
+        return endpoint_row(who, record, operations.status(record.name), replicas)
 
     @router.get("/v1/endpoints")
     async def list_endpoints(who: Anyone) -> dict[str, Any]:
         records = await operations.endpoints(who)
         replicas = await services.describe_replicas()
-        rows = [endpoint_row(each, operations.status(each.name), replicas) for each in records]
+        rows = [endpoint_row(who, each, operations.status(each.name), replicas) for each in records]
         return {"object": "list", "data": rows}
 
     @router.post("/v1/endpoints", status_code=201)
     async def create_endpoint(request: Request, who: EndpointAdmin) -> dict[str, Any]:
         settings = _settings(await read_json(request))
-        return await row(await operations.create(who, settings), with_replicas=False)
+        return await row(who, await operations.create(who, settings), with_replicas=False)
 
     @router.get("/v1/endpoints/{name:path}/events")
     async def list_events(
@@ -59,7 +61,7 @@ def _add_endpoints(router: APIRouter, services: Services, operations: Operations
 
     @router.get("/v1/endpoints/{name:path}")
     async def get_endpoint(name: str, who: Anyone) -> dict[str, Any]:
-        return await row(await operations.endpoint(who, name))
+        return await row(who, await operations.endpoint(who, name))
 
     @router.patch("/v1/endpoints/{name:path}")
     async def update_endpoint(name: str, request: Request, who: EndpointAdmin) -> dict[str, Any]:
@@ -68,11 +70,11 @@ def _add_endpoints(router: APIRouter, services: Services, operations: Operations
         def change(record: EndpointRecord) -> tuple[EndpointSettings, dict[str, Any]]:
             return _settings(_merged(record.spec, changes), fixed=record.spec), record.extras
 
-        return await row(await operations.change(who, name, change))
+        return await row(who, await operations.change(who, name, change))
 
     @router.delete("/v1/endpoints/{name:path}")
     async def delete_endpoint(name: str, who: EndpointAdmin) -> dict[str, Any]:
-        return await row(await operations.delete(who, name))
+        return await row(who, await operations.delete(who, name))
 
 
 class NewKey(BaseModel):
@@ -133,16 +135,20 @@ def key_row(record: KeyRecord) -> dict[str, Any]:
 
 
 def endpoint_row(
-    record: EndpointRecord, status: EndpointStatus | None, replicas: list[dict[str, Any]]
+    who: Principal,
+    record: EndpointRecord,
+    status: EndpointStatus | None,
+    replicas: list[dict[str, Any]],
 ) -> dict[str, Any]:
-    """The full status object, as our command line shows it."""
+    """The full status object, as our command line shows it. How it is made and where it runs is
+    for its owner; others, who may use it, see how it is doing."""
     spec = record.spec | {"env": dict.fromkeys(record.spec.get("env", {}), MASK)}
     live = status or EndpointStatus(record.name, spec["model"], spec["task"], record.state)
     state, reason = shown_state(record, status)
     # What the controller said of the version before says nothing of the one that was asked for.
     current = status is not None and state is status.state
     phases = live.phases if current else Phases()
-    return {
+    row = {
         "id": record.name,
         "object": "endpoint",
         "record": record.id,  # another one, where a name was deleted and made again
@@ -172,6 +178,9 @@ def endpoint_row(
         "replicas": [r for r in replicas if r["endpoint"] == record.name],
         "spec": spec,
     }
+    if not who.sees(record.owner):
+        row |= {"spec": None, "replicas": []}
+    return row
 
 
 def _rounded(seconds: float | None) -> float | None:

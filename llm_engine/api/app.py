@@ -22,6 +22,7 @@ from llm_engine.api.openai.inference import Inference
 from llm_engine.api.requests import Kind
 from llm_engine.errors import APIError, InternalError, MethodNotAllowed, Overloaded
 from llm_engine.services import Services
+from llm_engine.statuses import EndpointState
 
 logger = logging.getLogger("llm_engine.api")
 
@@ -188,14 +189,17 @@ def _add_operations(app: FastAPI, services: Services) -> None:
     async def health() -> dict[str, Any]:
         """calute's shape: `agents` is how many models are ready for chat."""
         table = services.balancer.table
+        wanted = [
+            e for e in table.endpoints.values() if e.state is not EndpointState.DELETE_IN_PROGRESS
+        ]
         # One that sleeps is ready too: it answers whoever asks.
         ready = [
             e
-            for e in table.endpoints.values()
-            if table.replicas.get(e.name) or (e.sleeps and e.state == "READY")
+            for e in wanted
+            if table.replicas.get(e.name) or (e.sleeps and e.state is EndpointState.READY)
         ]
         return {
-            "status": "healthy" if len(ready) == len(table.endpoints) else "degraded",
+            "status": "healthy" if len(ready) == len(wanted) else "degraded",
             "agents": sum(e.task == "generate" for e in ready),
         }
 

@@ -56,7 +56,7 @@ def test_an_alias_answers_under_its_own_name(cluster: Cluster, signals: Any, nam
     assert {chunk.model for chunk in chunks} == {name}
     listed = {m.name: m for m in signals.models.list()}
     assert name in listed
-    signals.models.delete(made.id)
+    signals.models.delete(made)
     eventually(lambda: name not in [m.id for m in cluster.openai().models.list()], 10)
 
 
@@ -77,7 +77,7 @@ def test_an_external_model_is_called_in_the_callers_place(
     with cluster.client() as client:
         stored = client.get("/rootsignals/v1/models/", headers=api_key(cluster)).text
     assert cluster.KEY not in stored
-    signals.models.delete(made.id)
+    signals.models.delete(made)
 
 
 def api_key(cluster: Cluster) -> dict[str, str]:

@@ -58,7 +58,7 @@ def test_deploy_add_and_remove_models(nodes: Nodes):
     nodes.deploy(settings(nodes, CHAT, TWO))
     eventually(lambda: replicas(nodes) == before, 60, 0.5, "the removed model is still there")
     with nodes.client() as client:
-        assert client.get("/v1/models/org/added:1").status_code == 404
+        eventually(lambda: client.get("/v1/models/org/added:1").status_code == 404, 60)
 
 
 def test_an_update_fails_no_request_and_cuts_no_stream(nodes: Nodes):
@@ -108,7 +108,7 @@ def test_an_update_that_fails_leaves_the_old_version_serving(nodes: Nodes):
         row = nodes.endpoints().get("steady", {})
         return "the update failed" in (row.get("status_reason") or "")
 
-    eventually(told, 90, 0.5)
+    eventually(told, 90, 0.5, f"not told: {nodes.endpoints().get('steady')}")
     row = nodes.endpoints()["steady"]
     assert row["status"] == "UPDATE_FAILED" and row["replicas_ready"] == 1
     assert "has no nonsense" in row["status_reason"]
@@ -184,7 +184,8 @@ def test_deploying_the_gateway_anew_leaves_alone_what_clients_have_made(nodes: N
 
         def restarted() -> bool:
             now = replicas(nodes)
-            return not now["llm-engine/Controller"] & before["llm-engine/Controller"]
+            fresh = now.get("llm-engine/Controller", set())
+            return bool(fresh) and not fresh & before["llm-engine/Controller"]
 
         eventually(restarted, 60, 0.5, "the gateway was not deployed anew")
         nodes.wait_ready("two", "made")

@@ -227,4 +227,27 @@ def test_owners_see_their_own_and_what_is_public(cluster: Cluster, api: httpx.Cl
     eventually(
         lambda: api.post("/v1/chat/completions", json=body, headers=bob).status_code == 200, 10
     )
+    row = api.get(f"/v1/endpoints/{name}", headers=bob).json()
+    assert row["status"] == "READY" and row["spec"] is None and row["replicas"] == []
     assert api.delete(f"/v1/endpoints/{name}", headers=bob).status_code == 403
+
+
+def test_a_delete_lets_running_answers_end(cluster: Cluster, api: httpx.Client, name: str):
+    create(api, name, vllm_args={"token_delay_s": 0.05})
+    cluster.wait_until(name, "READY")
+    told: list[bytes] = []
+
+    def stream() -> None:
+        body = {"model": name, "prompt": "Go on", "max_tokens": 100, "stream": True}
+        with cluster.client() as client:
+            told.append(client.post("/v1/completions", json=body).content)
+
+    streams = [threading.Thread(target=stream) for _ in range(3)]
+    for each in streams:
+        each.start()
+    eventually(lambda: cluster.load(name) == 3, 10)
+    assert api.delete(f"/v1/endpoints/{name}").is_success
+    for each in streams:
+        each.join()
+    assert [content.count(b"data: ") for content in told] == [101] * 3
+    assert all(content.endswith(b"data: [DONE]\n\n") for content in told)
