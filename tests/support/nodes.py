@@ -39,6 +39,8 @@ class Nodes:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
             "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+            # Serve keeps every replica 30 s for the sake of load balancers further out.
+            "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
             "RAY_DASHBOARD_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
             config.ENV_KEYS: self.KEY,
             config.ENV_STORE: f"sqlite:///{folder}/store.db",
