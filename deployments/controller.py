@@ -126,10 +126,13 @@ class Controller:
         statuses = []
         tended = list(self._tended.values())
         for each in tended:
-            told = await self._status(each, applications, nodes)
+            told = self._status(each, applications, nodes)
             self._log_change(told)
             statuses.append(told)
         reports = await asyncio.wait_for(self._router.set_endpoints.remote(statuses), 10)
+        # Only now: what the store calls READY can be asked.
+        for each, told in zip(tended, statuses, strict=True):
+            await self._persist(each, told)
         self._hear(reports)
         return all(
             each.record.settled
@@ -302,15 +305,11 @@ class Controller:
         for name, tended in self._tended.items():
             tended.hear(grouped.get(name, ()))
 
-    async def _status(
-        self, tended: Tended, applications: Applications, nodes: Nodes
-    ) -> EndpointStatus:
+    def _status(self, tended: Tended, applications: Applications, nodes: Nodes) -> EndpointStatus:
         running = applications.get(application_name(self._gateway, tended.record.name))
         usual = self._usual.get(signature(tended.settings))
         seen = tended.observe(running, nodes, median(usual) if usual else None)
-        status = derive(tended.record, tended.settings, seen, time.time())
-        await self._persist(tended, status)
-        return status
+        return derive(tended.record, tended.settings, seen, time.time())
 
     async def _persist(self, tended: Tended, status: EndpointStatus) -> None:
         """Write what has changed; where the store is silent, the next look tries again."""

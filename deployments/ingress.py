@@ -102,7 +102,11 @@ class Ingress:
         return await self._ask_router("metrics", self._name, self._services.metrics.samples())
 
     async def _describe_replicas(self) -> list[dict[str, Any]]:
-        return await self._ask_router("describe")
+        try:
+            return await self._ask_router("describe")
+        except Unavailable:  # then those that this replica knows to be ready
+            known = self._services.balancer.table.replicas.values()
+            return [report.plain() for group in known for report in group]
 
     async def _wake(self, endpoint: str, held: int) -> None:
         await self._tell_controller("wake", endpoint, self._name, held)

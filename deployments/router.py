@@ -8,7 +8,7 @@ back within seconds from those who told it, so it stores nothing.
 import asyncio
 import time
 from collections import defaultdict
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 from ray import serve
@@ -118,12 +118,8 @@ class ModelRouter:
         return metrics.render(self._merger.total(), self._endpoints.values(), self._engine_totals())
 
     async def describe(self) -> list[dict[str, Any]]:
-        """Every replica's report as plain data, without what opens its port."""
-        hidden = ("secret",)
-        return [
-            {key: value for key, value in asdict(report).items() if key not in hidden}
-            for report in self._reports.values()
-        ]
+        """Every replica's report, for operators."""
+        return [report.plain() for report in self._reports.values()]
 
     def _redraw(self) -> None:
         ready: dict[str, list[ReplicaReport]] = defaultdict(list)

@@ -1,6 +1,6 @@
 """What crosses a process boundary: frozen, picklable, and named once."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
@@ -55,6 +55,10 @@ class ReplicaReport:
     began_at: float = 0.0  # unix seconds: its process runs
     loaded_at: float = 0.0  # the model is in memory
     ready_at: float = 0.0  # it has generated a token
+
+    def plain(self) -> dict[str, Any]:
+        """As plain data, without what opens its port."""
+        return {key: value for key, value in asdict(self).items() if key != "secret"}
 
 
 @dataclass(frozen=True, slots=True)
