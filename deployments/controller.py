@@ -335,7 +335,8 @@ class Controller:
             tended.record = changed
             spent = status.phases.total
             first = settled and not record.settled and status.state is EndpointState.READY
-            if first and spent is not None and status.phases.queued is not None:
+            if first and spent is not None:
+                assert status.phases.queued is not None  # the total is of all four
                 await asyncio.to_thread(
                     self._store.endpoints.add_start,
                     signature(tended.settings),

@@ -5,10 +5,10 @@ import time
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from llm_engine.api.auth import make_key
-from llm_engine.api.cold import first_problem, having, principal, read_json
+from llm_engine.api.cold import check, first_problem, having, principal, read_json
 from llm_engine.api.operations import Operations
 from llm_engine.config import MASK, EndpointSettings
 from llm_engine.endpoints import shown_state
@@ -104,10 +104,7 @@ def _add_keys(router: APIRouter, services: Services) -> None:
     @router.post("/v1/keys", status_code=201)
     async def create_key(request: Request, who: Admin) -> dict[str, Any]:
         """The only answer that ever holds the key itself."""
-        try:
-            asked = NewKey.model_validate(await read_json(request))
-        except ValidationError as error:
-            raise first_problem(error.errors(include_url=False)) from None
+        asked = check(NewKey, await read_json(request))
         record, key = make_key(asked.owner, asked.name, set(asked.scopes), asked.expires_at)
         await asyncio.to_thread(keys.add, record, services.settings.store.max_keys)
         await services.nudge()
@@ -189,10 +186,7 @@ def _rounded(seconds: float | None) -> float | None:
 
 def _settings(raw: dict[str, Any], fixed: dict[str, Any] | None = None) -> EndpointSettings:
     """Raises InvalidRequest; `fixed`: the settings before, of which the name must stay."""
-    try:
-        settings = EndpointSettings.model_validate(raw)
-    except ValidationError as error:
-        raise first_problem(error.errors(include_url=False)) from None
+    settings = check(EndpointSettings, raw)
     if fixed is not None and settings.name != fixed["name"]:
         problem = {"loc": ("name",), "msg": "an endpoint cannot be renamed", "type": "value_error"}
         raise first_problem([problem])

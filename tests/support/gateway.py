@@ -12,6 +12,7 @@ import uvicorn
 
 from llm_engine.api.app import build_app
 from llm_engine.config import EndpointSettings, parse
+from llm_engine.endpoints import generation
 from llm_engine.engine.process import EngineProcess
 from llm_engine.records import EndpointStatus, Load, ReplicaReport, RoutingTable
 from llm_engine.routing import Balancer
@@ -123,5 +124,6 @@ class GatewayThread:
             table.endpoints[endpoint.name] = EndpointStatus(
                 endpoint.name, endpoint.model, endpoint.task, EndpointState.READY,
                 max_queue=endpoint.max_queue, max_model_len=8192, created=1,
+                generation=generation(endpoint),
             )  # fmt: skip
         return table

@@ -6,8 +6,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from llm_engine.api.llm_engine_api.settings import EXTRAS, GPU_TYPES, QUANTIZATIONS
+from llm_engine.endpoints import shown_state
 from llm_engine.records import EndpointRecord, EndpointStatus
-from llm_engine.statuses import EndpointState
 
 LONGEST_REASON = 500
 
@@ -17,7 +17,7 @@ Row = dict[str, Any]
 def endpoint_row(record: EndpointRecord, live: EndpointStatus | None) -> Row:
     """`live`: what the controller last saw, if it has seen it at all."""
     described, args = record.extras.get(EXTRAS, {}), record.spec["vllm_args"]
-    state, reason = _state(record, live)
+    state, reason = shown_state(record, live)
     tag = described.get("inference_framework_image_tag")
     template = args.get("chat_template")
     return {
@@ -89,13 +89,6 @@ def _resources(record: EndpointRecord, described: Row) -> Row:
         "nodes_per_worker": 1,
         "optimize_costs": False,
     }
-
-
-def _state(record: EndpointRecord, live: EndpointStatus | None) -> tuple[EndpointState, str | None]:
-    """While an operation is under way, the last look may be from before it."""
-    if live is None or not record.settled:
-        return record.state, record.reason
-    return live.state, live.reason
 
 
 def _known(value: Any, known: Any) -> str | None:

@@ -8,9 +8,8 @@ import re
 from typing import Any
 
 import orjson
-from pydantic import ValidationError
 
-from llm_engine.api.cold import check, first_problem
+from llm_engine.api.cold import check
 from llm_engine.api.llm_engine_api import quantities, vllm_options
 from llm_engine.api.llm_engine_api.fields import EndpointChange, NewEndpoint
 from llm_engine.api.llm_engine_api.vllm_options import refuse
@@ -86,11 +85,7 @@ def _merge(spec: Values, extras: Values, values: Values) -> tuple[EndpointSettin
     _set_resources(spec, described, values)
     if "public_inference" in values:
         spec["public"] = values["public_inference"]
-    try:
-        settings = EndpointSettings.model_validate(spec)
-    except ValidationError as error:
-        raise first_problem(error.errors(include_url=False)) from None
-    return settings, extras | {EXTRAS: described}
+    return check(EndpointSettings, spec), extras | {EXTRAS: described}
 
 
 def _check_fixed(name: str, values: Values) -> None:
