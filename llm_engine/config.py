@@ -1,4 +1,5 @@
-"""Settings: one YAML file, one frozen object. Every default of the system is written here, once.
+"""Settings: one YAML file, one frozen object. Every default of the system is written here, once;
+those of rows, bytes and batches in `config_data`.
 
 Knows nothing of Ray or vLLM: `vllm_args` goes to vLLM as it stands and vLLM judges it.
 """
@@ -11,8 +12,6 @@ from typing import Any, Literal, Self
 
 import yaml
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     SecretStr,
     ValidationError,
@@ -20,6 +19,17 @@ from pydantic import (
     model_validator,
 )
 
+from llm_engine.config_data import (
+    ENV_SECRET,
+    ENV_STORAGE,
+    ENV_STORE,
+    MASK,
+    BatchSettings,
+    FileSettings,
+    Section,
+    StorageSettings,
+    StoreSettings,
+)
 from llm_engine.errors import ConfigError
 
 #: Models that come with llm-engine: usable as `model: builtin:<name>` with no network.
@@ -28,15 +38,8 @@ BUILTIN = {
     "embed": Path(__file__).parent / "demo" / "embed",
 }
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-MASK = "**********"
 ENV_KEYS = "LLM_ENGINE_API_KEYS"
 ENV_CONFIG = "LLM_ENGINE_CONFIG"
-ENV_STORE = "LLM_ENGINE_STORE_URL"
-ENV_SECRET = "LLM_ENGINE_SECRET_KEY"
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
 
 
 class GatewaySettings(Section):
@@ -257,32 +260,6 @@ class ClusterSettings(Section):
         return path.expanduser().absolute()
 
 
-class StoreSettings(Section):
-    """The rows: keys, endpoints, registered models."""
-
-    url: str | None = Field(
-        None,
-        description="sqlite:///FILE or postgresql://USER:PASSWORD@HOST/DATABASE; "
-        f"{ENV_STORE} wins. Unset: SQLite in cluster.state_dir. A cluster of several nodes "
-        "needs PostgreSQL.",
-    )
-    secret_key: SecretStr | None = Field(
-        None,
-        description=f"Encrypts the keys of external models; {ENV_SECRET} wins. Unset, and with "
-        "SQLite: a file beside it.",
-    )
-    max_keys: int = Field(10_000, ge=1, description="Keys, at most: each gateway knows them all.")
-    max_endpoints: int = Field(1_000, ge=1, description="Endpoints, at most.")
-    max_models: int = Field(10_000, ge=1, description="Registered models, at most.")
-
-    @field_validator("url")
-    @classmethod
-    def _unmasked(cls, url: str | None) -> str | None:
-        if url is not None and f":{MASK}@" in url:
-            raise ValueError("a masked password is no password; put the real one")
-        return url
-
-
 class Settings(Section):
     gateway: GatewaySettings = GatewaySettings()
     endpoints: tuple[EndpointSettings, ...] = (
@@ -291,6 +268,15 @@ class Settings(Section):
     )
     cluster: ClusterSettings = ClusterSettings()
     store: StoreSettings = StoreSettings()
+    storage: StorageSettings = StorageSettings()
+    files: FileSettings = FileSettings()
+    batches: BatchSettings = BatchSettings()
+
+    @property
+    def storage_url(self) -> str:
+        """s3://... or a folder's absolute path."""
+        url = self.storage.url or str(self.cluster.state_dir / "storage")
+        return url if url.startswith("s3://") else str(Path(url).expanduser().absolute())
 
     @property
     def store_url(self) -> str:
@@ -351,6 +337,9 @@ def parse(raw: Any, environ: dict[str, str], where: str = "configuration") -> Se
         given = {key: value for key, value in told.items() if value}
         store = settings.store.model_copy(update=given)
         settings = settings.model_copy(update={"store": store})
+    if environ.get(ENV_STORAGE):
+        storage = settings.storage.model_copy(update={"url": environ[ENV_STORAGE]})
+        settings = settings.model_copy(update={"storage": storage})
     return settings
 
 

@@ -4,6 +4,7 @@ LLMEngineError
 ├── ConfigError               the configuration file is wrong; names the path and the remedy
 ├── StartupError              something the system needs is missing or did not start
 ├── EngineError               an engine process failed; `reason` is one sentence for an operator
+├── LeaseLost                 another process works on the record by now; stop, and write nothing
 └── APIError                  becomes an answer in the dialect of the caller
     ├── InvalidRequest        400  the request is wrong; `param` says where
     ├── InvalidKey            401
@@ -16,7 +17,8 @@ LLMEngineError
     ├── InternalError         500
     ├── UpstreamFailed        502  an external model answered with nonsense or an error of its own
     ├── Unavailable           503  no replica can answer now; carries Retry-After
-    │   └── StoreUnavailable       the database does not answer; models do
+    │   ├── StoreUnavailable       the database does not answer; models do
+    │   └── StorageUnavailable     bytes cannot be read or written now, or there is no room
     └── TookTooLong           504  no byte of the answer within the limit
 """
 
@@ -34,6 +36,10 @@ class StartupError(LLMEngineError):
 
 
 class EngineError(LLMEngineError):
+    pass
+
+
+class LeaseLost(LLMEngineError):
     pass
 
 
@@ -137,6 +143,10 @@ class Unavailable(APIError):
 
 class StoreUnavailable(Unavailable):
     code = "store_unavailable"
+
+
+class StorageUnavailable(Unavailable):
+    code = "storage_unavailable"
 
 
 class TookTooLong(APIError):

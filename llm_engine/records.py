@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from llm_engine.statuses import EndpointState, ReplicaState
+from llm_engine.statuses import BatchState, EndpointState, ReplicaState
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +99,7 @@ class Scope(StrEnum):
     """What a key may do, beyond seeing what it may use."""
 
     INFERENCE = "inference"  # send requests to models
+    FILES = "files"  # keep files, and run batches and fine-tunes over them
     MODELS = "models"  # register aliases and external models
     ENDPOINTS = "endpoints"  # create and change endpoints: as good as running code on the nodes
     METRICS = "metrics"  # read /metrics, where every endpoint's numbers are
@@ -112,12 +113,15 @@ class Principal:
     owner: str
     scopes: frozenset[Scope]
     key: str | None = None  # the key's id; None: from the configuration, or no key was asked
+    batch: str | None = None  # the batch that asks, with a ticket instead of a key
+    priority: int = 0  # of its requests in an engine's queue: the lower, the earlier
+    sees_all: bool = False
 
     def may(self, scope: Scope) -> bool:
         return scope in self.scopes or Scope.ADMIN in self.scopes
 
     def sees(self, owner: str, public: bool = False) -> bool:
-        return public or owner == self.owner or Scope.ADMIN in self.scopes
+        return public or owner == self.owner or self.sees_all or Scope.ADMIN in self.scopes
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,3 +196,133 @@ class Directory:
     version: int = 0
     keys: dict[bytes, KeyRecord] = field(default_factory=dict)  # by digest; revoked ones too
     models: dict[str, dict[str, ModelRecord]] = field(default_factory=dict)  # by owner and name
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """A file; its bytes lie in the storage under `key`."""
+
+    id: str
+    owner: str
+    purpose: str
+    filename: str
+    bytes: int
+    created_at: float
+    key: str
+    expires_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UploadRecord:
+    """A file that comes in parts. `status`: pending | completed | cancelled | expired."""
+
+    id: str
+    owner: str
+    purpose: str
+    filename: str
+    bytes: int  # as declared
+    mime_type: str
+    status: str
+    created_at: float
+    expires_at: float
+    file_expires_after_s: int | None = None
+    file_id: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UploadPart:
+    id: str
+    upload: str
+    bytes: int
+    key: str
+    created_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class BatchOptions:
+    """What is asked of a batch beyond OpenAI's fields."""
+
+    output_expires_after_s: int | None = None
+    #: EndpointSettings of engines of its own, for as long as it runs; None: the live replicas.
+    own_engine: dict[str, Any] | None = None
+    #: Where the input comes from, if not from a file: a path or URL within batches.data_paths.
+    input_path: str | None = None
+    #: Where the results go besides the output file, and in which form: scale_v1 | scale_v2.
+    output_path: str | None = None
+    output_form: str | None = None
+    labels: dict[str, str] = field(default_factory=dict)
+    #: What a dialect keeps for its answers.
+    extras: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens, summed over rows."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    reasoning_tokens: int = 0
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            self.prompt_tokens + other.prompt_tokens,
+            self.cached_tokens + other.cached_tokens,
+            self.completion_tokens + other.completion_tokens,
+            self.reasoning_tokens + other.reasoning_tokens,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class BatchRecord:
+    """One batch, whatever dialect it came in. Counts and usage are of rows that are durable."""
+
+    id: str
+    owner: str
+    dialect: str  # openai | llm_engine | sference: who made it
+    endpoint: str  # the path of each row: /v1/chat/completions, ...
+    input_file_id: str
+    window_s: float
+    state: BatchState
+    created_at: float
+    expires_at: float
+    model: str | None = None  # None until its rows have been read
+    sees_all: bool = False  # made with a key that sees what every owner has
+    #: Unix seconds of each state's beginning, by state.
+    times: dict[str, float] = field(default_factory=dict)
+    #: The state that follows `finalizing` or `cancelling`: completed | expired | cancelled.
+    outcome: str | None = None
+    total: int = 0
+    completed: int = 0
+    failed: int = 0
+    usage: Usage = Usage()
+    #: OpenAI's: code, message, param, line.
+    errors: list[dict[str, Any]] = field(default_factory=list)
+    reason: str | None = None  # one sentence: what it waits for, or why it failed
+    metadata: dict[str, str] | None = None
+    options: BatchOptions = BatchOptions()
+    output_file_id: str | None = None
+    error_file_id: str | None = None
+    #: Who works on it: a job's process. Only it may add parts, and only until `lease_until`.
+    worker: str | None = None
+    lease_until: float = 0.0
+    starts: int = 0  # jobs that have claimed it
+    idle_starts: int = 0  # the last of them, in a row, that got nowhere
+    #: As its worker sees it: rows_per_s, tokens_per_s, in_flight, ...
+    progress: dict[str, float] = field(default_factory=dict)
+    revision: int = 0
+
+    def began(self, state: BatchState) -> float | None:
+        """When it came into that state, in unix seconds."""
+        return self.times.get(state)
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPart:
+    """Finished rows that are in the storage under `key`, one JSON line each, in `rows`' order."""
+
+    number: int
+    key: str
+    rows: tuple[int, ...]  # by their place in the input, from 0
+    failed: int  # of them
+    usage: Usage = Usage()

@@ -1,5 +1,6 @@
 """What every route receives: the settings, the picture of who serves what, the way to engines."""
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
@@ -12,6 +13,9 @@ from llm_engine.metrics import IngressMetrics
 from llm_engine.records import Directory, RoutingTable
 from llm_engine.routing import Balancer
 from llm_engine.safe import Safe
+from llm_engine.signing import Signer
+from llm_engine.storage.base import Storage
+from llm_engine.storage.opening import open_storage
 from llm_engine.store.sql import Store
 
 
@@ -34,6 +38,7 @@ class Services:
     store: Store
     catalog: Catalog = field(init=False)
     safe: Safe = field(init=False)
+    storage: Storage = field(init=False)
     pool: Pool = field(default_factory=Pool)
     #: Connections to external models, once one has been called.
     upstream_pool: httpcore.AsyncConnectionPool | None = None
@@ -48,10 +53,20 @@ class Services:
     wake: Callable[[str, int], Awaitable[None]] = _nobody_to_tell
     #: Says that the store has changed.
     nudge: Callable[[], Awaitable[None]] = _nobody_to_tell
+    #: Says that there is a new batch, or one to cancel.
+    nudge_batches: Callable[[], Awaitable[None]] = _nobody_to_tell
+    _signer: Signer | None = None
 
     def __post_init__(self) -> None:
         self.catalog = Catalog(self.balancer)
         self.safe = Safe(self.settings)
+        self.storage = open_storage(self.settings)
+
+    async def signer(self) -> Signer:
+        """Raises StoreUnavailable where its secret has not been read yet, and cannot be."""
+        if self._signer is None:
+            self._signer = Signer(await asyncio.to_thread(self.store.database.secret))
+        return self._signer
 
     def update(self, table: RoutingTable | None, directory: Directory | None) -> None:
         """The newest picture; None: as before."""

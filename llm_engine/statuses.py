@@ -1,4 +1,4 @@
-"""The states of an endpoint and the one place that says what may follow what."""
+"""The states of endpoints, replicas and batches."""
 
 from enum import StrEnum
 
@@ -25,3 +25,28 @@ class ReplicaState(StrEnum):
     DRAINING = "DRAINING"
     #: Its engine could not start or died; `reason` says why.
     FAILED = "FAILED"
+
+
+class BatchState(StrEnum):
+    """OpenAI's words; what follows what is drawn in `store/batches.py`."""
+
+    #: Accepted. Its rows are checked as soon as a job runs.
+    VALIDATING = "validating"
+    #: Not one row ran: the input is wrong, or its model cannot be served; `errors` say why.
+    FAILED = "failed"
+    IN_PROGRESS = "in_progress"
+    #: No row runs any more; the results are put together.
+    FINALIZING = "finalizing"
+    COMPLETED = "completed"
+    EXPIRED = "expired"
+    CANCELLING = "cancelling"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        return self in _FINAL
+
+
+_FINAL = frozenset(
+    {BatchState.FAILED, BatchState.COMPLETED, BatchState.EXPIRED, BatchState.CANCELLED}
+)

@@ -18,6 +18,7 @@ from llm_engine.errors import InvalidKey, StoreUnavailable
 from llm_engine.ids import new_id
 from llm_engine.records import KeyRecord, Principal, Scope
 from llm_engine.services import Services
+from llm_engine.signing import TICKET
 
 logger = logging.getLogger("llm_engine.api")
 
@@ -56,6 +57,8 @@ class Keyring:
         hashed = digest(key)
         if hashed in self._bootstrap:
             return self._operator
+        if key.startswith(TICKET.encode()):
+            return await self._ticket(key)
         record = self._services.catalog.directory.keys.get(hashed)
         if record is None and key.startswith(PREFIX.encode()):
             record = await self._ask_store(hashed)
@@ -64,6 +67,18 @@ class Keyring:
         if not self._bootstrap:
             return self._operator  # no key is asked, so none can be wrong
         raise InvalidKey("Incorrect API key provided.")
+
+    async def _ticket(self, key: bytes) -> Principal:
+        """A batch's job: it may ask models what its owner may ask them, and nothing else."""
+        signer = await self._services.signer()
+        ticket = signer.read_ticket(key.decode("latin-1"))
+        return Principal(
+            ticket.owner,
+            frozenset({Scope.INFERENCE}),
+            batch=ticket.batch,
+            priority=ticket.priority,
+            sees_all=ticket.sees_all,
+        )
 
     async def _ask_store(self, hashed: bytes) -> KeyRecord | None:
         now = time.monotonic()

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import secrets
 import socket
 import threading
 from collections.abc import Iterator
@@ -47,6 +48,7 @@ class Lock(IntEnum):
     KEYS = 0x6C6C6D66
     ENDPOINTS = 0x6C6C6D67
     MODELS = 0x6C6C6D68
+    BATCHES = 0x6C6C6D69
 
 
 class Database:
@@ -92,10 +94,16 @@ class Database:
                     config.attributes["connection"] = connection
                     command.upgrade(config, "head")
             with self._engine.begin() as connection:
-                found = connection.execute(sa.select(tables.identity.c.id)).scalar()
+                table = tables.identity
+                found = connection.execute(sa.select(table.c.id)).scalar()
                 if found is None:
                     found = new_id("store")
-                    connection.execute(tables.identity.insert().values(id=found))
+                    connection.execute(table.insert().values(id=found))
+                connection.execute(
+                    table.update()
+                    .where(table.c.secret.is_(None))
+                    .values(secret=secrets.token_bytes(32))
+                )
                 return found
 
     def identity(self) -> str | None:
@@ -104,6 +112,13 @@ class Database:
             if not sa.inspect(connection).has_table(tables.identity.name):
                 return None
             return connection.execute(sa.select(tables.identity.c.id)).scalar()
+
+    def secret(self) -> bytes:
+        """What links and the tickets of jobs are signed with; raises StoreUnavailable."""
+        with self.reading() as connection:
+            found = connection.execute(sa.select(tables.identity.c.secret)).scalar()
+        assert found is not None, "the store has not been migrated"
+        return found
 
     @property
     def shown(self) -> str:

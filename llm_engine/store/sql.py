@@ -7,8 +7,10 @@ import sqlalchemy as sa
 
 from llm_engine.records import Directory, Event, ModelRecord
 from llm_engine.store import tables
+from llm_engine.store.batches import Batches
 from llm_engine.store.database import Database
 from llm_engine.store.endpoints import Endpoints
+from llm_engine.store.files import Files
 from llm_engine.store.keys import Keys
 from llm_engine.store.registered import Registered
 
@@ -21,6 +23,8 @@ class Store:
         self.keys = Keys(self.database)
         self.endpoints = Endpoints(self.database)
         self.registered = Registered(self.database)
+        self.files = Files(self.database)
+        self.batches = Batches(self.database)
 
     @classmethod
     def open(cls, url: str) -> "Store":

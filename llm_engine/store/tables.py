@@ -31,7 +31,12 @@ _Time = Float(53).with_variant(DOUBLE_PRECISION(), "postgresql")
 _Serial = BigInteger().with_variant(Integer, "sqlite")  # SQLite numbers only INTEGER keys itself
 
 #: One row: which database this is. Processes that must share a store compare it.
-identity = Table("identity", metadata, Column("id", String(40), primary_key=True))
+identity = Table(
+    "identity",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("secret", LargeBinary(32)),  # signs links and the tickets of jobs
+)
 
 keys = Table(
     "keys",
@@ -106,4 +111,103 @@ starts = Table(
     Column("signature", String(40), nullable=False, index=True),
     Column("at", _Time, nullable=False),
     Column("seconds", _Time, nullable=False),
+)
+
+files = Table(
+    "files",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("owner", String(100), nullable=False),
+    Column("purpose", String(40), nullable=False),
+    Column("filename", String(1024), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("key", String(200), nullable=False),  # in the storage
+    Column("created_at", _Time, nullable=False),
+    Column("expires_at", _Time, index=True),
+    Index(None, "owner", "id"),
+)
+
+uploads = Table(
+    "uploads",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("owner", String(100), nullable=False, index=True),
+    Column("purpose", String(40), nullable=False),
+    Column("filename", String(1024), nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("mime_type", String(200), nullable=False),
+    Column("status", String(20), nullable=False),
+    Column("created_at", _Time, nullable=False),
+    Column("expires_at", _Time, nullable=False, index=True),
+    Column("file_expires_after_s", Integer),
+    Column("file_id", String(40)),
+)
+
+upload_parts = Table(
+    "upload_parts",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("upload", String(40), nullable=False, index=True),
+    Column("bytes", BigInteger, nullable=False),
+    Column("key", String(200), nullable=False),
+    Column("created_at", _Time, nullable=False),
+)
+
+batches = Table(
+    "batches",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("owner", String(100), nullable=False),
+    Column("dialect", String(20), nullable=False),
+    Column("endpoint", String(100), nullable=False),
+    Column("input_file_id", String(200), nullable=False),
+    Column("model", String(200)),
+    Column("sees_all", Boolean, nullable=False),
+    Column("window_s", _Time, nullable=False),
+    Column("state", String(20), nullable=False, index=True),
+    Column("outcome", String(20)),
+    Column("times", JSON, nullable=False),
+    Column("created_at", _Time, nullable=False),
+    Column("expires_at", _Time, nullable=False),
+    Column("total", Integer, nullable=False),
+    Column("completed", Integer, nullable=False),
+    Column("failed", Integer, nullable=False),
+    Column("usage", JSON, nullable=False),
+    Column("errors", JSON, nullable=False),
+    Column("reason", Text),
+    Column("metadata", JSON),
+    Column("options", JSON, nullable=False),
+    Column("output_file_id", String(40)),
+    Column("error_file_id", String(40)),
+    Column("worker", String(80)),
+    Column("lease_until", _Time, nullable=False),
+    Column("starts", Integer, nullable=False),
+    Column("idle_starts", Integer, nullable=False),
+    Column("progress", JSON, nullable=False),
+    Column("revision", Integer, nullable=False),
+    Index(None, "owner", "id"),
+)
+
+#: What of a batch is done: a row is finished when the part that holds it stands here.
+batch_parts = Table(
+    "batch_parts",
+    metadata,
+    Column("batch", String(40), primary_key=True),
+    Column("number", Integer, primary_key=True),
+    Column("key", String(200), nullable=False),
+    Column("rows", JSON, nullable=False),
+    Column("failed", Integer, nullable=False),
+    Column("usage", JSON, nullable=False),
+)
+
+#: What a request with an Idempotency-Key has made, so that it makes nothing twice.
+idempotency = Table(
+    "idempotency",
+    metadata,
+    Column("owner", String(100), primary_key=True),
+    Column("route", String(60), primary_key=True),
+    Column("key", String(255), primary_key=True),
+    Column("digest", LargeBinary(32), nullable=False),  # SHA-256 of the request's body
+    Column("subject", String(40), nullable=False),  # the id of what was made
+    Column("at", _Time, nullable=False, index=True),
 )

@@ -29,11 +29,20 @@ class GatewayThread:
     """`with GatewayThread(endpoints) as gateway:` then `gateway.url`, `gateway.client()`."""
 
     def __init__(
-        self, endpoints: list[EndpointSettings], *, replicas: int = 1, **gateway: Any
+        self,
+        endpoints: list[EndpointSettings],
+        *,
+        replicas: int = 1,
+        sections: dict[str, Any] | None = None,
+        **gateway: Any,
     ) -> None:
+        """`sections`: of the settings besides `gateway`, which the keywords are."""
         self._endpoints = endpoints
         self._replicas = replicas
-        self.settings = parse({"gateway": gateway}, {})
+        self._folder = Path(tempfile.mkdtemp(prefix="le-gateway-"))
+        self.settings = parse(
+            {"gateway": gateway, "cluster": {"state_dir": str(self._folder)}} | (sections or {}), {}
+        )
         self.engines: dict[str, list[EngineProcess]] = {}
         self.services: Services | None = None
         self.url = ""
@@ -78,8 +87,7 @@ class GatewayThread:
         self._stop = asyncio.Event()
         server = uvicorn.Server(uvicorn.Config("", lifespan="off", log_level="warning"))
         try:
-            folder = Path(tempfile.mkdtemp(prefix="le-gateway-"))
-            store = Store.open(f"sqlite:///{folder}/store.db")
+            store = Store.open(self.settings.store_url)
             self.services = Services(self.settings, Balancer(), store, nudge=self.refresh)
             self.services.update(await self._start_engines(), store.directory())
             server = uvicorn.Server(
@@ -103,7 +111,7 @@ class GatewayThread:
             if self.services is not None:
                 self.services.pool.close()
                 self.services.store.close()
-                shutil.rmtree(folder)
+                shutil.rmtree(self._folder)
             for engines in self.engines.values():
                 await asyncio.gather(*(engine.stop() for engine in engines))
             self._ready.set()

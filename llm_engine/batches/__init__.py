@@ -1,0 +1,1 @@
+"""What a batch is made of: its input checked, its rows run, its results put together."""

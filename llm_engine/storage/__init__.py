@@ -1,0 +1,1 @@
+"""Bytes: files and results, in a folder or in S3."""
