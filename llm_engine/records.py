@@ -146,7 +146,7 @@ class EndpointRecord:
     id: str
     name: str
     owner: str
-    origin: str  # api | config
+    origin: str  # api | config | batch
     spec: dict[str, Any]  # EndpointSettings
     state: EndpointState
     created_at: float

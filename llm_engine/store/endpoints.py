@@ -38,9 +38,17 @@ class Endpoints:
     # -- what clients ask for
 
     def create(
-        self, settings: EndpointSettings, owner: str, extras: dict[str, Any], limit: int
+        self,
+        settings: EndpointSettings,
+        owner: str,
+        extras: dict[str, Any],
+        limit: int,
+        origin: str = "api",
     ) -> EndpointRecord:
-        """Raises Conflict where the name is taken or there are `limit` endpoints."""
+        """Raises Conflict where the name is taken or there are `limit` endpoints.
+
+        `origin` "batch": for the life of the batch that it is named after.
+        """
         try:
             with self._database.writing(alone=Lock.ENDPOINTS) as connection:
                 counted = sa.select(sa.func.count()).select_from(tables.endpoints)
@@ -50,7 +58,7 @@ class Endpoints:
                         "(store.max_endpoints).",
                         code="too_many_endpoints",
                     )
-                return _insert(connection, settings, owner, "api", extras)
+                return _insert(connection, settings, owner, origin, extras)
         except IntegrityError:
             raise Conflict(
                 f"An endpoint named '{settings.name}' exists already. Choose another name, or "

@@ -58,7 +58,7 @@ endpoints = Table(
     Column("id", String(40), primary_key=True),
     Column("name", String(200), nullable=False, unique=True),
     Column("owner", String(100), nullable=False, index=True),
-    Column("origin", String(20), nullable=False),  # api | config
+    Column("origin", String(20), nullable=False),  # api | config | batch
     Column("spec", JSON, nullable=False),  # EndpointSettings
     Column("extras", JSON, nullable=False),
     Column("state", String(30), nullable=False),

@@ -1,0 +1,162 @@
+"""What clients can do with batches, whatever dialect they speak.
+
+A batch is a record and a file of requests, one JSON line each in OpenAI's form: {"custom_id",
+"method", "url", "body"}. Dialects that bring their requests inline write such a file first, so that
+every batch can be seen and run in the same way. Its results are two files in OpenAI's form, both in
+the input's order; the number at the end of a line's id is its row's place in the input.
+"""
+
+import asyncio
+import heapq
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain
+
+import orjson
+
+from llm_engine import files
+from llm_engine.errors import Conflict, Overloaded
+from llm_engine.ids import new_id
+from llm_engine.records import BatchOptions, BatchRecord, Principal, Scope
+from llm_engine.services import Services
+from llm_engine.statuses import BatchState
+from llm_engine.storage.base import NoSuchObject
+from llm_engine.store.batches import no_batch
+from llm_engine.store.files import no_file
+
+#: A file of requests that OpenAI's clients may delete or let expire, as theirs does.
+INPUT_EXPIRES_S = 30 * 86400
+ROW_DIGITS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class NewBatch:
+    """What is asked for; see BatchRecord."""
+
+    dialect: str
+    endpoint: str
+    window_s: float
+    model: str | None = None
+    metadata: dict[str, str] | None = None
+    options: BatchOptions = BatchOptions()
+
+
+def row_id(batch: str, row: int) -> str:
+    """The id of a line of results."""
+    return f"batch_req_{batch.removeprefix('batch_')}{row:0{ROW_DIGITS}d}"
+
+
+class Batches:
+    """Shared by the dialects."""
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        self._store = services.store
+        self._storage = services.storage
+        self._limits = services.settings.batches
+
+    async def create(self, who: Principal, new: NewBatch, input_file_id: str) -> BatchRecord:
+        """A batch over a file that is there, or is said to be: its job will tell.
+
+        Raises Overloaded where its owner has too many open.
+        """
+        now = time.time()
+        record = BatchRecord(
+            id=new_id("batch"),
+            owner=who.owner,
+            dialect=new.dialect,
+            endpoint=new.endpoint,
+            input_file_id=input_file_id,
+            window_s=new.window_s,
+            state=BatchState.VALIDATING,
+            created_at=now,
+            expires_at=now + new.window_s,
+            model=new.model,
+            sees_all=who.sees_all or who.may(Scope.ADMIN),
+            metadata=new.metadata,
+            options=new.options,
+        )
+        try:
+            await asyncio.to_thread(self._store.batches.create, record, self._limits.max_open)
+        except Conflict as full:
+            retry = self._services.settings.gateway.retry_after_s
+            raise Overloaded(full.message, code=full.code, retry_after=retry) from None
+        await self._services.nudge_batches()
+        return record
+
+    async def create_from_lines(
+        self, who: Principal, new: NewBatch, lines: Iterable[bytes]
+    ) -> BatchRecord:
+        """`lines`: requests in OpenAI's form, each with its newline."""
+        record = await asyncio.to_thread(
+            lambda: files.keep(
+                self._storage,
+                self._store,
+                owner=who.owner,
+                purpose="batch",
+                filename="requests.jsonl",
+                pieces=lines,
+                expires_after_s=INPUT_EXPIRES_S,
+            )
+        )
+        return await self.create(who, new, record.id)
+
+    async def get(self, who: Principal, batch: str) -> BatchRecord:
+        """Raises NotFound, for another owner's too."""
+        record = await asyncio.to_thread(self._store.batches.get, batch)
+        if not who.sees(record.owner):
+            raise no_batch(batch)
+        return record
+
+    async def page(
+        self, who: Principal, after: str | None, limit: int
+    ) -> tuple[list[BatchRecord], bool]:
+        """Newest first, and whether there are more. Raises NotFound for an unknown `after`."""
+        owner = None if who.may(Scope.ADMIN) else who.owner
+        return await asyncio.to_thread(self._store.batches.page, owner, after, limit)
+
+    async def cancel(self, who: Principal, batch: str) -> BatchRecord:
+        """Raises NotFound, or Conflict where it has ended otherwise."""
+        await self.get(who, batch)
+        record = await asyncio.to_thread(self._store.batches.ask_cancel, batch)
+        await self._services.nudge_batches()
+        return record
+
+    def results(self, record: BatchRecord) -> Iterator[bytes]:
+        """Blocking. The lines of both result files, newlines and all, in the input's order.
+
+        Raises NotFound where a file has been deleted or has expired.
+        """
+        found = [
+            self._lines(file) for file in (record.output_file_id, record.error_file_id) if file
+        ]
+        return heapq.merge(*found, key=_row)
+
+    def _lines(self, file: str) -> Iterator[bytes]:
+        record = self._store.files.get(file)
+        try:
+            pieces = self._storage.read(record.key)
+        except NoSuchObject:
+            raise no_file(file) from None
+        return split_lines(pieces)
+
+
+def split_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
+    """Whole lines with their newline; the last one may lack it."""
+    rest: list[bytes] = []
+    for piece in pieces:
+        *lines, last = piece.split(b"\n")
+        if not lines:
+            rest.append(piece)
+            continue
+        yield b"".join(chain(rest, (lines[0], b"\n")))
+        for line in lines[1:]:
+            yield line + b"\n"
+        rest = [last] if last else []
+    if rest:
+        yield b"".join(rest)
+
+
+def _row(line: bytes) -> int:
+    return int(orjson.loads(line)["id"][-ROW_DIGITS:])
