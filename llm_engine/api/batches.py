@@ -28,6 +28,7 @@ from llm_engine.store.files import no_file
 #: A file of requests that OpenAI's clients may delete or let expire, as theirs does.
 INPUT_EXPIRES_S = 30 * 86400
 ROW_DIGITS = 8
+_PLAIN = BatchOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class NewBatch:
     window_s: float
     model: str | None = None
     metadata: dict[str, str] | None = None
-    options: BatchOptions = BatchOptions()
+    options: BatchOptions = _PLAIN
 
 
 def row_id(batch: str, row: int) -> str:
