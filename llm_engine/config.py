@@ -193,6 +193,12 @@ class EndpointSettings(Section):
     def tensor_parallel_size(self) -> int:
         return int(self.vllm_args.get("tensor_parallel_size", 1))
 
+    @property
+    def priorities(self) -> bool:
+        """Whether its engines heed the `priority` of a request."""
+        policy = self.vllm_args.get("scheduling_policy", "priority")
+        return self.engine == "vllm" and self.task == "generate" and policy == "priority"
+
     @field_validator("vllm_args")
     @classmethod
     def _long_names(cls, args: dict[str, Any]) -> dict[str, Any]:

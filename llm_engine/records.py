@@ -80,6 +80,9 @@ class EndpointStatus:
     fallback: str | None = None  # the model that answers when this one can't
     sleeps: bool = False  # it may be without replicas until a request comes
     wake_timeout_s: float = 0.0  # how long such a request is held
+    target_queue_depth: float = 16.0  # requests in an engine that autoscaling aims at
+    max_replicas: int = 1
+    priorities: bool = False  # its engines heed a request's `priority`
     generation: str = ""  # the version that is wanted
     phases: Phases = Phases()  # of the start under way, or of the last one
     eta_s: float | None = None  # until READY, learned from earlier starts

@@ -31,6 +31,8 @@ class Balancer:
         self.changed = asyncio.Event()  # set, and another one put in its place, at every update
         self._retry_after_s = retry_after_s
         self._clock = clock
+        #: By endpoint: requests from here that are no batch's.
+        self.online: Counter[str] = Counter()
         self._in_flight: Counter[str] = Counter()
         self._others: dict[str, int] = {}
         self._suspects: dict[str, float] = {}  # replica -> trusted again at

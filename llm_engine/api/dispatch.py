@@ -6,14 +6,15 @@ A model that cannot answer before the first byte may name another one that answe
 import logging
 import time
 
+from llm_engine import background
 from llm_engine.api import limits
 from llm_engine.api.http import Call, ClientGone
 from llm_engine.api.replicas import Replicas
-from llm_engine.api.requests import EngineRequest, Form, rename
+from llm_engine.api.requests import EngineRequest, Form, defer, rename
 from llm_engine.api.upstream import Upstreams
 from llm_engine.catalog import Route
 from llm_engine.errors import APIError
-from llm_engine.records import Principal, Scope
+from llm_engine.records import EndpointStatus, Principal, Scope
 from llm_engine.services import Services
 
 logger = logging.getLogger("llm_engine.api")
@@ -22,12 +23,15 @@ logger = logging.getLogger("llm_engine.api")
 LONGEST_CHAIN = 3
 CLIENT_CLOSED = 499  # nginx's word in metrics for a client that did not wait
 SERVED_BY = b"x-llm-engine-served-by"
+#: Told to batches: how many of their requests this model can have under way, all in all.
+ROOM = b"x-llm-engine-room"
 #: What another model may do better: not a mistake of the caller's.
 _WORTH_A_FALLBACK = frozenset({429, 500, 502, 503, 504})
 
 
 class Dispatcher:
     def __init__(self, services: Services) -> None:
+        self._balancer = services.balancer
         self._catalog = services.catalog
         self._metrics = services.metrics
         self._replicas = Replicas(services)
@@ -88,7 +92,7 @@ class Dispatcher:
             request = limits.hold(request, steps, context)
             if route.endpoint is not None:
                 sent = rename(request, route.endpoint.name, route.name)
-                await self._replicas.serve(call, sent, form, route.endpoint)
+                await self._ask(call, sent, form, route.endpoint)
             else:
                 assert route.upstream is not None
                 await self._upstreams.serve(call, request, form, route.upstream, route.name)
@@ -107,6 +111,25 @@ class Dispatcher:
                 self._metrics.disconnects.labels(label).inc()
             self._metrics.requests.labels(label, request.path, call.status).inc()
             self._metrics.duration.labels(label).observe(time.perf_counter() - began)
+
+    async def _ask(
+        self, call: Call, request: EngineRequest, form: Form, endpoint: EndpointStatus
+    ) -> None:
+        who: Principal = call.principal
+        if who.batch is None:
+            self._balancer.online[endpoint.name] += 1
+            try:
+                return await self._replicas.serve(call, request, form, endpoint)
+            finally:
+                self._balancer.online[endpoint.name] -= 1
+        replicas = self._balancer.table.replicas.get(endpoint.name, ())
+        room = background.room(
+            endpoint, replicas, self._balancer.online[endpoint.name], who.priority
+        )
+        call.fixed_headers.append((ROOM, b"%d" % room))
+        if endpoint.priorities:
+            request = defer(request, who.priority)
+        await self._replicas.serve(call, request, form, endpoint)
 
 
 def _say_who(call: Call, name: str | None) -> None:

@@ -56,6 +56,12 @@ class Form(Protocol):
         """What ends a stream that fails after its first byte."""
 
 
+def defer(request: EngineRequest, priority: int) -> EngineRequest:
+    """The same request, behind all with a lower number in the engine's queue."""
+    body = orjson.dumps(orjson.loads(request.body) | {"priority": priority})
+    return replace(request, body=body)
+
+
 def rename(request: EngineRequest, model: str, shown: str) -> EngineRequest:
     """The same request for whoever knows the model as `model`; answers call it `shown`."""
     if model == request.model and shown == model:

@@ -93,6 +93,8 @@ def effective_args(spec: EngineSpec, on_cpu: bool) -> dict[str, Any]:
         merged |= BUILTIN_ARGS
         merged |= BUILTIN_CPU_ARGS if on_cpu else {}
         merged |= BUILTIN_CHAT_ARGS if spec.task == "generate" else {}
+    if spec.task == "generate":
+        merged["scheduling_policy"] = "priority"  # batches stand behind everybody else
     if spec.task == "embed":
         merged |= {"runner": "pooling", "convert": "embed"}
     if on_cpu and spec.tensor_parallel_size > 1:

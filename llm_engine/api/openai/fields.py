@@ -232,6 +232,8 @@ class StreamOptions(_Open, total=False):
 class _Common(_Open, total=False):
     model: Required[Name]
     user: str | None  # a label for the operator's logs; changes no answer
+    # vLLM's: a higher number waits longer. One may stand back, and not push to the front.
+    priority: Annotated[int, Field(ge=0, le=1000)]
 
     # Would let one tenant name another's engine request.
     request_id: Unsupported
@@ -350,7 +352,7 @@ class EmbeddingRequest(_Common, total=False):
 # tests/unit/test_openai_fields.py compares them with the installed vLLM.
 _VLLM_ANY = frozenset(
     """
-    add_special_tokens cache_salt priority truncate_prompt_tokens truncation_side
+    add_special_tokens cache_salt truncate_prompt_tokens truncation_side
 """.split()
 )
 _VLLM_GENERATE = _VLLM_ANY | frozenset(
