@@ -4,7 +4,9 @@
      │            ▲ who serves what           │ load, health
      │            └──────── ModelRouter ◀─────┘
      │                          ▲ state of each endpoint, keys, registered models
-     └──▶ Store (SQL) ──▶ Controller ── one application per endpoint ──▶ Ray Serve
+     ├──▶ Store (SQL) ──▶ Controller ── one application per endpoint ──▶ Ray Serve
+     │         └────────▶ JobKeeper ─── one job per batch ─────────────▶ Ray Jobs
+     └──▶ Storage (files) ◀── the jobs, which ask the gateway like any client
 
 `build` makes the gateway application: `serve run deployments.app:build config=llm-engine.yaml`,
 the import path of serve.yaml, and what `llm-engine up` runs. The engines' applications are made by
@@ -18,6 +20,7 @@ from ray import serve
 
 from deployments.controller import Controller
 from deployments.ingress import Ingress
+from deployments.keeper import JobKeeper
 from deployments.router import ModelRouter
 from llm_engine import config
 from llm_engine.config import ENV_CONFIG, Settings
@@ -34,6 +37,7 @@ def build(args: dict[str, Any]) -> serve.Application:
     router = ModelRouter.bind()
     shared = settings.model_copy(update={"endpoints": ()})
     controller = Controller.options(user_config=endpoints_config(settings)).bind(shared, router)
+    keeper = JobKeeper.bind(shared)
     return Ingress.options(
         ray_actor_options={"num_cpus": gateway.num_cpus},
         # Room to spare: the gateway itself says no first, in OpenAI's words.
@@ -45,7 +49,7 @@ def build(args: dict[str, Any]) -> serve.Application:
             "max_replicas": gateway.max_replicas,
             "target_ongoing_requests": gateway.target_in_flight,
         },
-    ).bind(shared, router, controller)
+    ).bind(shared, router, controller, keeper)
 
 
 def settings_from(args: dict[str, Any]) -> Settings:

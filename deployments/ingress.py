@@ -29,12 +29,17 @@ Picture = tuple[RoutingTable, Directory | None]
 @serve.ingress()
 class Ingress:
     async def __init__(
-        self, settings: Settings, router: DeploymentHandle, controller: DeploymentHandle
+        self,
+        settings: Settings,
+        router: DeploymentHandle,
+        controller: DeploymentHandle,
+        keeper: DeploymentHandle,
     ) -> None:
         replica.prepare()
         replica.check_exposure(settings)
         self._router = router
         self._controller = controller
+        self._keeper = keeper
         self._name = serve.get_replica_context().replica_id.unique_id
         self._services = Services(
             settings=settings,
@@ -42,6 +47,7 @@ class Ingress:
             store=Store(settings.store_url),
             wake=self._wake,
             nudge=self._nudge,
+            nudge_batches=self._nudge_keeper,
             all_metrics=self._all_metrics,
             describe_replicas=self._describe_replicas,
             tell_request_id=False,
@@ -115,6 +121,13 @@ class Ingress:
         """It looks by itself every few seconds; this is for those who can't wait."""
         with contextlib.suppress(Unavailable):
             await self._tell_controller("nudge")
+
+    async def _nudge_keeper(self) -> None:
+        """As above."""
+        try:
+            await asyncio.wait_for(self._keeper.nudge.remote(), 5)
+        except Exception as error:
+            logger.warning("the keeper does not answer a nudge: %s", error)
 
     async def _tell_controller(self, method: str, *args: Any) -> None:
         try:

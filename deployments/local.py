@@ -25,8 +25,9 @@ import httpx
 from deployments.ray_settings import find_script, ray_folder, serve_environment, socket_folder
 from llm_engine import config
 from llm_engine.cli.running import carrying
-from llm_engine.config import ClusterSettings, Settings
+from llm_engine.config import ENV_SECRET, ENV_STORE, ClusterSettings, Settings
 from llm_engine.errors import LLMEngineError, StartupError
+from llm_engine.serve_config import has_password
 
 RAY_START_TIMEOUT_S = 90
 GATEWAY_TIMEOUT_S = 120
@@ -61,6 +62,7 @@ class LocalCluster:
             socket_folder(self.folder), metrics_port=free_port(), stats_port=free_port()
         )
         environment |= ray_auth(self.folder)
+        environment |= secrets_for_jobs(self._settings)
         environment[INSTANCE] = self._instance
         # Named for other systems, but what it does is to make 127.0.0.1 the node's address;
         # otherwise Ray replaces it by one that other machines can reach.
@@ -162,6 +164,16 @@ def ray_auth(folder: Path) -> dict[str, str]:
         path.touch(mode=0o600)
         path.write_text(secrets.token_hex(32))
     return {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(path)}
+
+
+def secrets_for_jobs(settings: Settings) -> dict[str, str]:
+    """What the configuration holds and a job's settings must not: Ray shows those to operators."""
+    secret, url = settings.store.secret_key, settings.store.url
+    told = {
+        ENV_SECRET: secret.get_secret_value() if secret is not None else None,
+        ENV_STORE: url if url is not None and has_password(url) else None,
+    }
+    return {name: value for name, value in told.items() if value}
 
 
 def deploy(settings: Settings, cluster: LocalCluster, stop: threading.Event) -> None:

@@ -27,6 +27,11 @@ def serve_config(settings: Settings) -> dict[str, Any]:
     url = settings.store.url
     if url is not None and not has_password(url):
         store["url"] = url
+    kept = {
+        name: getattr(settings, name).model_dump(mode="json", exclude_defaults=True)
+        for name in ("storage", "files", "batches")
+    }
+    args = {"gateway": told, "store": store, **kept}
     endpoints = [each.model_dump(mode="json", exclude_defaults=True) for each in settings.endpoints]
     return {
         "proxy_location": "EveryNode",
@@ -42,7 +47,7 @@ def serve_config(settings: Settings) -> dict[str, Any]:
                 "route_prefix": "/",
                 "import_path": "deployments.app:build",
                 # Never empty: `build` would then look for a configuration file on the node.
-                "args": {"gateway": told} | ({"store": store} if store else {}),
+                "args": {k: v for k, v in args.items() if v or k == "gateway"},
                 "deployments": [{"name": "Controller", "user_config": {"endpoints": endpoints}}],
             }
         ],

@@ -1,0 +1,102 @@
+"""What the keeper does about each batch."""
+
+from typing import Any
+
+import pytest
+
+from llm_engine.batches.keeping import Deed, Seen, decide
+from llm_engine.records import BatchRecord
+from llm_engine.statuses import BatchState
+
+NOW = 1_000_000.0
+LEASE_S = 15.0
+RUNS, STARTS = Seen(True, True, "running", 1.0), Seen(True, False, "waits for CPUs")
+ENDED = Seen(False, False, "killed by SIGKILL")
+
+
+def batch(name: str = "b", **facts: Any) -> BatchRecord:
+    given: dict[str, Any] = {"owner": "ann", "dialect": "openai", "endpoint": "/v1/completions"}
+    given |= {"input_file_id": "file-1", "window_s": 86400.0, "state": BatchState.IN_PROGRESS}
+    given |= {"created_at": NOW - 60, "expires_at": NOW + 86000, "starts": 1}
+    return BatchRecord(name, **given | facts)
+
+
+def leased(name: str = "b", **facts: Any) -> BatchRecord:
+    return batch(name, worker="host:1", lease_until=NOW + 10, **facts)
+
+
+def deed(record: BatchRecord, job: Seen | None, unclaimed: int = 0) -> Deed:
+    return together([record], {record.id: job}, unclaimed={record.id: unclaimed})[record.id]
+
+
+def together(
+    records: list[BatchRecord], jobs: dict[str, Seen | None], **limits: Any
+) -> dict[str, Deed]:
+    given: dict[str, Any] = {"max_running": 2, "max_idle_starts": 3, "lease_s": LEASE_S}
+    return decide(records, jobs, NOW, **given | {"unclaimed": {}} | limits)
+
+
+def test_a_new_batch_gets_a_job():
+    assert deed(batch(state=BatchState.VALIDATING, starts=0), None) is Deed.START
+
+
+def test_a_batch_with_a_living_worker_is_left_alone():
+    assert deed(leased(), RUNS) is Deed.NOTHING
+
+
+def test_a_job_that_ended_is_not_waited_for():
+    assert deed(leased(), ENDED) is Deed.RELEASE
+
+
+def test_the_next_job_starts_once_the_lease_is_gone():
+    assert deed(batch(worker="host:1", lease_until=NOW - 1), ENDED) is Deed.START
+
+
+def test_a_job_that_ray_has_forgotten_may_still_work():
+    assert deed(leased(), None) is Deed.NOTHING
+    assert deed(batch(worker="host:1", lease_until=NOW - 1), None) is Deed.START
+
+
+def test_a_job_that_is_on_its_way_is_waited_for():
+    assert deed(batch(), STARTS) is Deed.NOTHING
+    assert deed(batch(), RUNS) is Deed.NOTHING
+
+
+def test_a_process_that_never_claims_its_batch_is_ended():
+    assert deed(batch(), Seen(True, True, "", 4 * LEASE_S + 1)) is Deed.STOP
+
+
+def test_jobs_that_die_one_after_the_other_are_given_up():
+    assert deed(batch(idle_starts=3), ENDED) is Deed.GIVE_UP
+    assert deed(batch(starts=0), ENDED, unclaimed=3) is Deed.GIVE_UP
+    assert deed(batch(idle_starts=2), ENDED) is Deed.START
+
+
+@pytest.mark.parametrize(
+    "facts", [{"state": BatchState.CANCELLING}, {"expires_at": NOW - 1}], ids=str
+)
+def test_what_no_job_has_begun_ends_without_one(facts: dict[str, Any]):
+    assert deed(batch(starts=0, **facts), None) is Deed.END
+    assert deed(batch(starts=1, **facts), None) is Deed.START  # to put its results together
+
+
+def test_no_more_jobs_than_allowed():
+    records = [batch(f"b{i}") for i in range(4)]
+    deeds = together(records, dict.fromkeys("b0 b1 b2 b3".split()))
+    assert list(deeds.values()).count(Deed.START) == 2
+
+
+def test_a_job_that_works_or_starts_counts():
+    records = [leased("b0"), batch("b1"), batch("b2")]
+    deeds = together(records, {"b0": RUNS, "b1": STARTS, "b2": None})
+    assert deeds["b2"] is Deed.NOTHING
+
+
+def test_owners_take_turns_and_the_earliest_deadline_is_first():
+    records = [
+        leased("a0"), batch("a1", expires_at=NOW + 10), batch("a2"),
+        batch("b0", owner="bob", expires_at=NOW + 99), batch("b1", owner="bob", expires_at=NOW + 5),
+    ]  # fmt: skip
+    jobs = dict.fromkeys(r.id for r in records) | {"a0": RUNS}
+    started = [k for k, v in together(records, jobs, max_running=3).items() if v is Deed.START]
+    assert started == ["a1", "b1"]
