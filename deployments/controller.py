@@ -83,6 +83,10 @@ class Controller:
         self._mark = None
         self._hurry.set()
 
+    async def hurry(self) -> None:
+        """A replica is ready, or has failed: look now."""
+        self._hurry.set()
+
     async def wake(self, endpoint: str, ingress: str, held: int) -> None:
         """An ingress replica holds so many requests for an endpoint without replicas."""
         tended = self._tended.get(endpoint)

@@ -39,6 +39,7 @@ class EngineReplica:
         replica.prepare()
         self._settings = settings
         self._router: DeploymentHandle = serve.get_deployment_handle("ModelRouter", gateway)
+        self._controller: DeploymentHandle = serve.get_deployment_handle("Controller", gateway)
         self._engine = EngineProcess(settings, host=ray.util.get_node_ip_address())
         self._report = ReplicaReport(
             endpoint=settings.name,
@@ -55,6 +56,7 @@ class EngineReplica:
             known = isinstance(error, EngineError)
             reason = str(error) if known else f"{type(error).__name__}: {error}"
             await self._tell(state=ReplicaState.FAILED, reason=reason)
+            await self._call(self._controller, "hurry")
             self._reporting.cancel()
             # Without `from None` Serve would show a user two tracebacks before the cause.
             raise RuntimeError(reason) from None
@@ -67,6 +69,7 @@ class EngineReplica:
             secret=address.secret,
             max_model_len=address.max_model_len,
         )
+        await self._call(self._controller, "hurry")  # whoever waits for READY hears it at once
 
     async def check_health(self) -> None:
         """Serve calls it every second and replaces a replica that raises."""
@@ -127,11 +130,14 @@ class EngineReplica:
         await self._call_router("report", self._report)
 
     async def _call_router(self, method: str, *args: Any) -> Any:
-        """The router may be restarting; the next report will tell it all again."""
+        """It may be restarting; the next report will tell it all again."""
+        return await self._call(self._router, method, *args)
+
+    async def _call(self, whom: DeploymentHandle, method: str, *args: Any) -> Any:
         try:
-            return await asyncio.wait_for(getattr(self._router, method).remote(*args), 5)
+            return await asyncio.wait_for(getattr(whom, method).remote(*args), 5)
         except Exception as error:
-            logger.warning("the router did not take a %s: %s", method, error)
+            logger.warning("a %s was not taken: %s", method, error)
             return None
 
 
