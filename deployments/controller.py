@@ -307,7 +307,10 @@ class Controller:
         for report in reports:
             grouped[report.endpoint].append(report)
         for name, tended in self._tended.items():
+            before = tended.states
             tended.hear(grouped.get(name, ()))
+            if tended.states != before:
+                self._hurry.set()  # its status is another one now
 
     def _status(self, tended: Tended, applications: Applications, nodes: Nodes) -> EndpointStatus:
         running = applications.get(application_name(self._gateway, tended.record.name))

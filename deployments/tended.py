@@ -67,6 +67,11 @@ class Tended:
         """Replicas that a node runs, as far as is known."""
         return {report.replica for report in self.reports}
 
+    @property
+    def states(self) -> dict[str, ReplicaState]:
+        """By replica."""
+        return {report.replica: report.state for report in self.reports}
+
     def become(self, record: EndpointRecord) -> None:
         """The store has answered at last: what runs already need not start anew."""
         deployed = self.record.deployed
