@@ -13,6 +13,8 @@ from llm_engine.errors import LLMEngineError
 if TYPE_CHECKING:
     import httpx
 
+    from llm_engine.cli.transfer import Span
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 600
@@ -101,6 +103,27 @@ class Gateway:
             if not ended:
                 raise LLMEngineError("the answer ended early: the connection was closed.")
 
+    def upload(self, path: str, field: str, name: str, file: "Span", **fields: str) -> Any:
+        """A form with a file, which is read as it is sent."""
+        with self._sentences():
+            answer = self._client.post(
+                path, data=fields, files={field: (name, file, "application/octet-stream")}
+            )
+            self._check(answer)
+            return self._json(answer.text)
+
+    @contextmanager
+    def download(self, path: str) -> Iterator[Iterator[bytes]]:
+        """The bytes of an answer, in pieces. They end early only with an error."""
+        with (
+            self._sentences(),
+            self._client.stream("GET", path, follow_redirects=True) as answer,
+        ):
+            if answer.status_code != 200:
+                answer.read()
+                self._check(answer)
+            yield answer.iter_bytes()
+
     def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
         with self._sentences():
             answer = self._client.request(method, path, json=body, timeout=COLD_TIMEOUT_S)
@@ -176,6 +199,19 @@ def endpoint_path(name: str, rest: str = "") -> str:
     from urllib.parse import quote
 
     return f"/v1/endpoints/{quote(name, safe='/:@')}{rest}"
+
+
+def item_path(collection: str, item: str, rest: str = "") -> str:
+    """Of a file, an upload or a batch."""
+    from urllib.parse import quote
+
+    return f"/v1/{collection}/{quote(item, safe='')}{rest}"
+
+
+def list_path(collection: str, **query: object) -> str:
+    from urllib.parse import urlencode
+
+    return f"/v1/{collection}?{urlencode({k: v for k, v in query.items() if v is not None})}"
 
 
 def sse_data(lines: Iterator[str]) -> Iterator[str]:

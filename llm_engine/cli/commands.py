@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from llm_engine.cli import endpoint_commands, keys
+from llm_engine.cli import batches, endpoint_commands, files, keys
 from llm_engine.cli.options import ApiKey, Config, Json, Url, connect
 from llm_engine.errors import LLMEngineError
 
@@ -45,6 +45,8 @@ app = typer.Typer(
     epilog="Start here:  llm-engine up   and in another terminal   llm-engine chat",
 )
 app.add_typer(endpoint_commands.app, name="endpoints")
+app.add_typer(files.app, name="files")
+app.add_typer(batches.app, name="batches")
 app.add_typer(keys.app, name="keys")
 
 

@@ -20,6 +20,14 @@ STYLES = {
     "UPDATE_PENDING": "dim",
     "UPDATE_IN_PROGRESS": "yellow",
     "DELETE_IN_PROGRESS": "yellow",
+    "validating": "dim",
+    "in_progress": "yellow",
+    "finalizing": "yellow",
+    "cancelling": "yellow",
+    "completed": "green",
+    "failed": "red",
+    "expired": "red",
+    "cancelled": "red",
     "ok": "green",
     "warn": "yellow",
     "fail": "red",
@@ -72,6 +80,19 @@ def table(columns: Iterable[str]) -> "Table":
     return built
 
 
+def facts(known: dict[str, object]) -> "Table":
+    """A label and what is known, a line each; what is empty is left out."""
+    from rich.table import Table
+
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for label, value in known.items():
+        if value:
+            grid.add_row(label, plain(value) if isinstance(value, str) else value)
+    return grid
+
+
 def coloured(word: str) -> object:
     from rich.text import Text
 
@@ -100,3 +121,10 @@ def moment(at: float | None) -> str:
 
 def gigabytes(size: float) -> str:
     return f"{size / 1e9:.1f} GB"
+
+
+def bytes_(size: int) -> str:
+    """As `ls -h` would, with a thousand as the base: 512 bytes, 4.1 kB, 1.2 GB."""
+    from rich.filesize import decimal
+
+    return decimal(size)

@@ -1,18 +1,15 @@
 """`llm-engine keys`: API keys that the gateway keeps. A key itself is told once and never again."""
 
-import re
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from llm_engine.cli.options import ApiKey, Config, Json, Url, connect
+from llm_engine.cli.options import ApiKey, Config, Json, Url, connect, seconds_of
 from llm_engine.errors import LLMEngineError
 
 if TYPE_CHECKING:
     from llm_engine.cli.client import Gateway
-
-UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,8 +34,8 @@ def create(
         list[str] | None,
         typer.Option(
             metavar="SCOPE",
-            help="inference (the default), models, endpoints, metrics, or admin: all of it. "
-            "Again for more.",
+            help="inference (the default), files (and batches), models, endpoints, metrics, or "
+            "admin: all of it. Again for more.",
         ),
     ] = None,
     expires: Annotated[
@@ -97,8 +94,8 @@ def revoke(
 def parse_expiry(text: str, now: float) -> float:
     """Unix seconds. A date begins at 0:00 UTC; a time without a zone is UTC, too."""
     text = text.strip()
-    if span := re.fullmatch(r"(\d{1,6})([smhdw])", text):
-        return now + int(span[1]) * UNITS[span[2]]
+    if (span := seconds_of(text)) is not None:
+        return now + span
     try:
         at = datetime.fromisoformat(text)
     except ValueError:

@@ -6,6 +6,7 @@ change is a line. A gateway that goes away is waited for, some minutes.
 
 import shlex
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -117,7 +118,7 @@ class _Watch:
         self._gateway, self._path = gateway, endpoint_path(name)
         self._name, self._display = name, display
         self._row = row and truth(row)
-        self._lost_at: float | None = None
+        self._patience = Patience(display.note)
 
     def run(self) -> Row | None:
         if self._row is not None:
@@ -145,11 +146,9 @@ class _Watch:
         except Unreachable as error:
             if self._row is None:
                 raise
-            self._be_patient(error)
+            self._patience.lost(error)
             return self._row
-        if self._lost_at is not None:
-            self._lost_at = None
-            self._display.note("The gateway answers again.", passing=True)
+        self._patience.found()
         another = self._row is not None and row["created_at"] != self._row["created_at"]
         return self._gone() if another and self._is_deleting() else row
 
@@ -161,15 +160,29 @@ class _Watch:
         if not self._is_deleting():
             raise LLMEngineError(f"the endpoint '{self._name}' was deleted meanwhile.")
 
-    def _be_patient(self, error: Unreachable) -> None:
+
+class Patience:
+    """With a gateway that does not answer for a while. `note` is told when it goes and returns."""
+
+    def __init__(self, note: Callable[..., None]) -> None:
+        self._note = note
+        self._lost_at: float | None = None
+
+    def lost(self, error: Unreachable) -> None:
+        """Raises LLMEngineError once it has lasted too long."""
         now, problem = time.monotonic(), f"{str(error).rstrip('.')}."
         if self._lost_at is None:
             self._lost_at = now
             limit = console.duration(PATIENCE_S)
-            self._display.note(f"{problem} Trying again, for up to {limit}.")
+            self._note(f"{problem} Trying again, for up to {limit}.")
         elif now - self._lost_at > PATIENCE_S:
             waited = console.duration(now - self._lost_at)
             raise LLMEngineError(f"{problem} Given up after {waited}.")
+
+    def found(self) -> None:
+        if self._lost_at is not None:
+            self._lost_at = None
+            self._note("The gateway answers again.", passing=True)
 
 
 class Display:

@@ -15,12 +15,18 @@ from llm_engine.cli.target import Target
 from llm_engine.errors import LLMEngineError
 from tests.support.cli import Server, run, serving, write_configuration
 
-COMMANDS = "up down status models chat config ray-env doctor version endpoints keys".split()
+COMMANDS = (
+    "up down status models chat config ray-env doctor version endpoints files batches keys"
+).split()
 ENDPOINT_COMMANDS = "create list get update scale delete watch".split()
+FILE_COMMANDS = "upload list get download delete".split()
+BATCH_COMMANDS = "create list get cancel download".split()
 KEY_COMMANDS = "create list revoke".split()
 EVERY_COMMAND = [
     *COMMANDS,
     *(f"endpoints {command}" for command in ENDPOINT_COMMANDS),
+    *(f"files {command}" for command in FILE_COMMANDS),
+    *(f"batches {command}" for command in BATCH_COMMANDS),
     *(f"keys {command}" for command in KEY_COMMANDS),
 ]
 IMPORT_BUDGET_S = 0.3
@@ -92,6 +98,8 @@ def test_help_names_every_command():
     for group, commands in (
         ((), COMMANDS),
         (("endpoints",), ENDPOINT_COMMANDS),
+        (("files",), FILE_COMMANDS),
+        (("batches",), BATCH_COMMANDS),
         (("keys",), KEY_COMMANDS),
     ):
         text = run(*group, "--help").stdout
