@@ -11,8 +11,10 @@ from llm_engine.store.batches import Batches
 from llm_engine.store.database import Database
 from llm_engine.store.endpoints import Endpoints
 from llm_engine.store.files import Files
+from llm_engine.store.idempotency import Idempotency
 from llm_engine.store.keys import Keys
 from llm_engine.store.registered import Registered
+from llm_engine.store.uploads import Uploads
 
 
 class Store:
@@ -24,6 +26,8 @@ class Store:
         self.endpoints = Endpoints(self.database)
         self.registered = Registered(self.database)
         self.files = Files(self.database)
+        self.uploads = Uploads(self.database)
+        self.idempotency = Idempotency(self.database)
         self.batches = Batches(self.database)
 
     @classmethod

@@ -12,7 +12,15 @@ import sqlalchemy as sa
 from llm_engine.config import EndpointSettings
 from llm_engine.errors import APIError
 from llm_engine.ids import new_id
-from llm_engine.records import EndpointRecord, KeyRecord, ModelRecord, Scope
+from llm_engine.records import (
+    EndpointRecord,
+    FileRecord,
+    KeyRecord,
+    ModelRecord,
+    Scope,
+    UploadPart,
+    UploadRecord,
+)
 from llm_engine.statuses import EndpointState
 from llm_engine.store.endpoints import Change
 from llm_engine.store.sql import Store
@@ -65,6 +73,25 @@ def model(owner: str = "ann", name: str = "alias", **facts: Any) -> ModelRecord:
     now = time.time()
     given = {"model": "m", "created_at": now, "updated_at": now}
     return ModelRecord(new_id("model"), owner, name, **given | facts)
+
+
+def file(owner: str = "ann", **facts: Any) -> FileRecord:
+    made = new_id("file", "-")
+    given = {"purpose": "batch", "filename": "a.jsonl", "bytes": 7, "created_at": time.time(),
+             "key": f"files/{made}"}  # fmt: skip
+    return FileRecord(made, owner, **given | facts)
+
+
+def upload(owner: str = "ann", **facts: Any) -> UploadRecord:
+    now = time.time()
+    given = {"purpose": "user_data", "filename": "a.bin", "bytes": 10, "mime_type": "text/plain",
+             "status": "pending", "created_at": now, "expires_at": now + 3600}  # fmt: skip
+    return UploadRecord(new_id("upload"), owner, **given | facts)
+
+
+def part(of: UploadRecord, bytes: int = 5) -> UploadPart:
+    made = new_id("part")
+    return UploadPart(made, of.id, bytes, f"uploads/{of.id}/{made}", time.time())
 
 
 def kinds(store: Store, subject: str) -> list[str]:

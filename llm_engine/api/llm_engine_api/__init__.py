@@ -7,7 +7,7 @@ from fastapi import APIRouter
 
 from llm_engine.api.dispatch import Dispatcher
 from llm_engine.api.http import Call
-from llm_engine.api.llm_engine_api import endpoints
+from llm_engine.api.llm_engine_api import endpoints, files
 from llm_engine.api.llm_engine_api.completions import Completions
 from llm_engine.errors import APIError
 from llm_engine.services import Services
@@ -19,7 +19,9 @@ def render_error(error: APIError) -> bytes:
 
 
 def build_router(services: Services) -> APIRouter:
-    return endpoints.build_router(services)
+    router = endpoints.build_router(services)
+    router.include_router(files.build_router(services))
+    return router
 
 
 def build_hot(

@@ -1,0 +1,162 @@
+"""Bytes on their way out: whole files and ranges, streamed, and links that need no key."""
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Generator, Iterator
+from typing import Any
+from urllib.parse import quote
+
+from fastapi import Request
+from fastapi.responses import Response
+
+from llm_engine.api.blocking import finish
+from llm_engine.api.http import Receive, Scope, Send
+from llm_engine.errors import APIError, InvalidKey
+from llm_engine.records import FileRecord
+from llm_engine.services import Services
+from llm_engine.storage.base import NoSuchObject, Storage
+from llm_engine.store.files import no_file
+
+_CONTENT = re.compile(r"/v1/files/[^/]+/content")
+_SIGNATURE = re.compile(rb"(^|&)signature=")
+_RANGE = re.compile(r"bytes=\s*(\d{0,19})-(\d{0,19})\s*", re.ASCII)
+
+
+def is_signed(scope: Scope) -> bool:
+    """Whether the request brings a link's signature instead of a key: only then, and only to read
+    a file's bytes, is none asked for. The route checks it (`check_link`)."""
+    return (
+        scope["method"] in ("GET", "HEAD")
+        and _CONTENT.fullmatch(scope["path"]) is not None
+        and _SIGNATURE.search(scope["query_string"]) is not None
+    )
+
+
+async def check_link(services: Services, request: Request, file: str) -> None:
+    """Raises InvalidKey where the link was not made by us for this file, or has expired."""
+    given = request.query_params
+    expires, signature = given.get("expires", ""), given.get("signature", "")
+    if not re.fullmatch(r"\d{1,12}", expires, re.ASCII):
+        raise InvalidKey("This link has no time at which it expires.", code="invalid_signature")
+    (await services.signer()).check_link(file, int(expires), signature)
+
+
+async def link(services: Services, request: Request, record: FileRecord) -> str:
+    """A URL that gives the file's bytes to whoever has it, for storage.link_expires_s."""
+    seconds = services.settings.storage.link_expires_s
+    if services.settings.storage.direct_links:
+        direct = await finish(services.storage.link, record.key, seconds, record.filename)
+        if direct is not None:
+            return direct
+    expires = int(time.time()) + seconds
+    signature = (await services.signer()).sign_link(record.id, expires)
+    base = f"{_origin(request)}/v1/files/{record.id}/content"
+    return f"{base}?expires={expires}&signature={quote(signature)}"
+
+
+def _origin(request: Request) -> str:
+    """The address that the request came to, as its client knows it."""
+    told = request.headers.get("x-forwarded-proto", "")
+    scheme = told if told in ("http", "https") else request.url.scheme
+    return f"{scheme}://{request.url.netloc}"
+
+
+async def content(storage: Storage, request: Request, record: FileRecord) -> Response:
+    """The answer to GET and HEAD; a single range is honoured, several are not. Raises NotFound
+    where the bytes are gone, and APIError 416 for a range that lies behind the end."""
+    etag = f'"{record.id}"'  # a file never changes
+    headers = {
+        "content-type": "application/octet-stream",
+        "content-disposition": _disposition(record.filename),
+        "accept-ranges": "bytes",
+        "etag": etag,
+        "x-content-type-options": "nosniff",
+    }
+    start, length, status = 0, record.bytes, 200
+    asked = request.headers.get("range")
+    if asked is not None and request.headers.get("if-range", etag) == etag:
+        found = _range(asked, record.bytes)
+        if found is not None:
+            (start, length), status = found, 206
+            headers["content-range"] = f"bytes {start}-{start + length - 1}/{record.bytes}"
+    headers["content-length"] = str(length)
+    if request.method == "HEAD":
+        return Response(status_code=status, headers=headers)
+    try:
+        part = () if status == 200 else (start, length)
+        pieces = await finish(storage.read, record.key, *part)
+    except NoSuchObject:
+        raise no_file(record.id) from None
+    return Pieces(pieces, status, headers)
+
+
+class Pieces(Response):
+    """An answer whose body comes from blocking code, piece by piece, as fast as it is read."""
+
+    def __init__(
+        self, pieces: Iterator[bytes], status: int = 200, headers: dict[str, str] | None = None
+    ) -> None:
+        super().__init__(None, status, headers)
+        self._pieces = pieces
+        if "content-length" not in (headers or {}):
+            del self.headers["content-length"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        gone = asyncio.create_task(_left(receive))
+        try:
+            await send(_begin(self))
+            while not gone.done() and (piece := await finish(next, self._pieces, b"")):
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            if not gone.done():
+                await send({"type": "http.response.body", "body": b""})
+        finally:
+            gone.cancel()
+            if isinstance(self._pieces, Generator):
+                await finish(self._pieces.close)
+
+
+def _begin(response: Response) -> dict[str, Any]:
+    return {
+        "type": "http.response.start",
+        "status": response.status_code,
+        "headers": response.raw_headers,
+    }
+
+
+async def _left(receive: Callable[[], Any]) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+def _range(asked: str, size: int) -> tuple[int, int] | None:
+    """Where it starts, and how long it is; None for what is to be ignored (RFC 9110, 14.2)."""
+    parsed = _RANGE.fullmatch(asked)
+    if parsed is None or parsed[0].strip() == "bytes=-":
+        return None
+    first, last = parsed[1], parsed[2]
+    if not first:
+        start, end = max(size - int(last), 0), size
+    else:
+        start, end = int(first), min(int(last) + 1, size) if last else size
+        if last and int(last) < start:
+            return None
+    if start >= end:
+        raise _Unsatisfiable(size)
+    return start, end - start
+
+
+class _Unsatisfiable(APIError):
+    status = 416
+    type = "invalid_request_error"
+    code = "invalid_range"
+
+    def __init__(self, size: int) -> None:
+        super().__init__(f"The file has {size} bytes; the range lies behind its end.")
+
+
+def _disposition(filename: str) -> str:
+    plain = re.sub(r'[^ -~]|["\\%]', "_", filename)
+    if plain == filename:
+        return f'attachment; filename="{plain}"'
+    return f"attachment; filename=\"{plain}\"; filename*=UTF-8''{quote(filename, safe='')}"
