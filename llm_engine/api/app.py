@@ -12,12 +12,12 @@ from fastapi import Depends, FastAPI
 from fastapi.responses import Response
 
 from llm_engine import metrics, records
-from llm_engine.api import admin, llm_engine_api, root_signals
+from llm_engine.api import admin, downloads, llm_engine_api, root_signals
 from llm_engine.api.auth import Keyring, Scheme
 from llm_engine.api.cold import PRINCIPAL, SERVER_ERROR, Render, build_cold, having
 from llm_engine.api.dispatch import Dispatcher
 from llm_engine.api.http import Call, ClientGone, Receive, Scope, Send, openai_error
-from llm_engine.api.openai import models
+from llm_engine.api.openai import files, models, uploads
 from llm_engine.api.openai.inference import Inference
 from llm_engine.api.requests import Kind
 from llm_engine.errors import APIError, InternalError, MethodNotAllowed, Overloaded
@@ -56,6 +56,8 @@ def build_app(services: Services) -> "Gateway":
 def _mount_openai(services: Services, dispatcher: Dispatcher) -> Mount:
     cold = build_cold(openai_error)
     cold.include_router(models.build_router(services))
+    cold.include_router(files.build_router(services))
+    cold.include_router(uploads.build_router(services))
     cold.include_router(admin.build_router(services))
     _add_operations(cold, services)
     return Mount(
@@ -137,7 +139,7 @@ class Gateway:
         call.render = mount.render
         if method == "OPTIONS":
             return await call.reply(200, b"{}", [(b"allow", b"GET, POST, OPTIONS")])
-        if path not in OPEN_PATHS:
+        if path not in OPEN_PATHS and not downloads.is_signed(call.scope):
             call.principal = await self._keys.identify(call, mount.schemes)
         handler = mount.hot.get(path)
         if handler is None:
