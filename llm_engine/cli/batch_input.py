@@ -67,6 +67,8 @@ def parse_metadata(pairs: list[str]) -> dict[str, str]:
 
 def look(path: Path, endpoint: str | None = None) -> Look:
     """Raises LLMEngineError that names the first lines that are wrong."""
+    if path.is_file() and path.suffix.lower() != ".jsonl":
+        raise LLMEngineError(f"{path}: the name of a batch's input must end in .jsonl.")
     problems: list[str] = []
     seen: dict[str, int] = {}  # where each custom_id was first
     for number, line in _lines(path):

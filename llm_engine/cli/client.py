@@ -68,10 +68,16 @@ class Gateway:
     def get(self, path: str) -> Any:
         return self._ask("GET", path)
 
-    def send(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    def send(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        timeout_s: float = COLD_TIMEOUT_S,
+    ) -> Any:
         """A change. Raises Refused, or Unreachable where nobody knows whether it was done."""
         try:
-            return self._ask(method, path, body)
+            return self._ask(method, path, body, timeout_s)
         except Unreachable as error:
             if not error.asked:
                 raise
@@ -103,11 +109,17 @@ class Gateway:
             if not ended:
                 raise LLMEngineError("the answer ended early: the connection was closed.")
 
-    def upload(self, path: str, field: str, name: str, file: "Span", **fields: str) -> Any:
-        """A form with a file, which is read as it is sent."""
+    def upload(
+        self, path: str, field: str, name: str, file: "Span", once: str, **fields: str
+    ) -> Any:
+        """A form with a file, which is read as it is sent. Again with the same `once`: it is not
+        kept twice."""
         with self._sentences():
             answer = self._client.post(
-                path, data=fields, files={field: (name, file, "application/octet-stream")}
+                path,
+                data=fields,
+                files={field: (name, file, "application/octet-stream")},
+                headers={"Idempotency-Key": once},
             )
             self._check(answer)
             return self._json(answer.text)
@@ -124,9 +136,15 @@ class Gateway:
                 self._check(answer)
             yield answer.iter_bytes()
 
-    def _ask(self, method: str, path: str, body: dict[str, Any] | None = None) -> Any:
+    def _ask(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None = None,
+        timeout_s: float = COLD_TIMEOUT_S,
+    ) -> Any:
         with self._sentences():
-            answer = self._client.request(method, path, json=body, timeout=COLD_TIMEOUT_S)
+            answer = self._client.request(method, path, json=body, timeout=timeout_s)
             self._check(answer)
             self._note_clock(answer)
             return self._json(answer.text)

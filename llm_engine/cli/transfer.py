@@ -13,19 +13,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
+from uuid import uuid4
 
 from llm_engine.cli import console
-from llm_engine.cli.client import Gateway, Unreachable, item_path
+from llm_engine.cli.client import READ_TIMEOUT_S, Gateway, Unreachable, item_path
 from llm_engine.errors import LLMEngineError
 
 LARGEST_WHOLE = 512 * 2**20  # bytes of a file that goes up in one request
 PART = 64 * 2**20  # bytes
 PARTS_AT_A_TIME = 4
-PART_TRIES = 5
-RETRY_AFTER_S = 1.0  # twice as long each time
+RETRY_AFTER_S = (1, 2, 4, 8)  # as long as a gateway takes to restart
 LINE_PERIOD_S = 5.0  # between two lines where nothing can be redrawn
 CHUNK = 2**20
 STDOUT = "-"
@@ -47,81 +48,101 @@ def upload(gateway: Gateway, path: Path, purpose: str, expires_s: int | None = N
         size = path.stat().st_size
     gateway.get("/v1/files?limit=1")  # a wrong key is told before many bytes are sent
     with Meter(path.name, size) as meter:
-        send = _send_whole if size <= LARGEST_WHOLE else _send_parts
-        return send(gateway, path, size, purpose, expires_s, meter)
+        sending = _Sending(gateway, path, size, purpose, expires_s, meter)
+        return sending.whole() if size <= LARGEST_WHOLE else sending.in_parts()
 
 
-def _send_whole(
-    gateway: Gateway, path: Path, size: int, purpose: str, expires_s: int | None, meter: "Meter"
-) -> Row:
-    expiry = _expiry(expires_s)
-    with Span(path, 0, size, meter.add) as file:
-        return gateway.upload(
-            "/v1/files",
-            "file",
-            path.name,
-            file,
-            purpose=purpose,
-            **{f"expires_after[{key}]": str(value) for key, value in expiry.items()},
-        )
+@dataclass(slots=True)
+class _Sending:
+    """One file on its way up. What the gateway could not answer is sent again, a few times."""
 
+    gateway: Gateway
+    path: Path
+    size: int
+    purpose: str
+    expires_s: int | None
+    meter: "Meter"
+    stop: threading.Event = field(default_factory=threading.Event)
+    once: str = field(default_factory=lambda: uuid4().hex)
 
-def _send_parts(
-    gateway: Gateway, path: Path, size: int, purpose: str, expires_s: int | None, meter: "Meter"
-) -> Row:
-    wanted: Row = {
-        "filename": path.name,
-        "purpose": purpose,
-        "bytes": size,
-        "mime_type": "application/jsonl" if path.suffix == ".jsonl" else "application/octet-stream",
-    }
-    if expires_s is not None:
-        wanted["expires_after"] = _expiry(expires_s)
-    upload = gateway.send("POST", "/v1/uploads", wanted)["id"]
-    stop = threading.Event()
+    def whole(self) -> Row:
+        expiry = {f"expires_after[{key}]": str(value) for key, value in self._expiry().items()}
+        fields = {"purpose": self.purpose} | expiry
+        return self._send("/v1/files", "file", 0, self.size, fields)
 
-    def send_part(start: int) -> str:
-        for again in range(PART_TRIES):
-            moved = Tally(meter.add)
-            try:
-                with Span(path, start, min(PART, size - start), moved.add, stop) as part:
-                    return gateway.upload(
-                        item_path("uploads", upload, "/parts"), "data", path.name, part
-                    )["id"]
-            except Unreachable:
-                if again == PART_TRIES - 1:
-                    raise
-                moved.undo()
-                stop.wait(RETRY_AFTER_S * 2**again)
-        raise AssertionError
+    def in_parts(self) -> Row:
+        upload = self.gateway.send("POST", "/v1/uploads", self._declared())["id"]
+        try:
+            done = self._parts(upload)
+            complete = item_path("uploads", upload, "/complete")
+            long = READ_TIMEOUT_S  # it puts the parts together
+            return self._again(lambda: self.gateway.send("POST", complete, done, long))["file"]
+        except BaseException:
+            with contextlib.suppress(LLMEngineError):
+                self.gateway.send("POST", item_path("uploads", upload, "/cancel"))
+            raise
 
-    try:
+    def _parts(self, upload: str) -> Row:
+        """What completes the upload."""
+        path = item_path("uploads", upload, "/parts")
+
+        def send(start: int) -> str:
+            return self._send(path, "data", start, min(PART, self.size - start), {})["id"]
+
         with ThreadPoolExecutor(PARTS_AT_A_TIME + 1) as pool:
             try:
-                digest = pool.submit(_md5, path, stop)
-                parts = list(pool.map(send_part, range(0, size, PART)))
-                done = {"part_ids": parts, "md5": digest.result()}
+                digest = pool.submit(self._md5)
+                parts = list(pool.map(send, range(0, self.size, PART)))
+                return {"part_ids": parts, "md5": digest.result()}
             except BaseException:
-                stop.set()
+                self.stop.set()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
-        return gateway.send("POST", item_path("uploads", upload, "/complete"), done)["file"]
-    except BaseException:
-        with contextlib.suppress(LLMEngineError):
-            gateway.send("POST", item_path("uploads", upload, "/cancel"))
-        raise
 
+    def _send(self, path: str, name: str, start: int, length: int, fields: Row) -> Row:
+        once = f"{self.once}-{start}"
 
-def _expiry(expires_s: int | None) -> Row:
-    return {} if expires_s is None else {"anchor": "created_at", "seconds": expires_s}
+        def send() -> Row:
+            moved = Tally(self.meter.add)
+            try:
+                with Span(self.path, start, length, moved.add, self.stop) as span:
+                    return self.gateway.upload(path, name, self.path.name, span, once, **fields)
+            except BaseException:
+                moved.undo()
+                raise
 
+        return self._again(send)
 
-def _md5(path: Path, stop: threading.Event) -> str:
-    digest = hashlib.md5(usedforsecurity=False)
-    with _in_words(path), path.open("rb") as file:
-        while (piece := file.read(CHUNK)) and not stop.is_set():
-            digest.update(piece)
-    return digest.hexdigest()
+    def _again(self, send: Callable[[], Row]) -> Row:
+        for wait_s in RETRY_AFTER_S:
+            try:
+                return send()
+            except Unreachable as error:
+                self.meter.note(f"{error} Trying again.")
+                self.stop.wait(wait_s)
+        return send()
+
+    def _declared(self) -> Row:
+        jsonl = self.path.suffix.lower() == ".jsonl"
+        expiry = self._expiry()
+        return {
+            "filename": self.path.name,
+            "purpose": self.purpose,
+            "bytes": self.size,
+            "mime_type": "application/jsonl" if jsonl else "application/octet-stream",
+        } | ({"expires_after": expiry} if expiry else {})
+
+    def _expiry(self) -> Row:
+        if self.expires_s is None:
+            return {}
+        return {"anchor": "created_at", "seconds": self.expires_s}
+
+    def _md5(self) -> str:
+        digest = hashlib.md5(usedforsecurity=False)
+        with _in_words(self.path), self.path.open("rb") as file:
+            while (piece := file.read(CHUNK)) and not self.stop.is_set():
+                digest.update(piece)
+        return digest.hexdigest()
 
 
 class Span:
@@ -306,6 +327,9 @@ class Meter:
             self._bar.advance(self._task, count)
         elif tell:
             self._out.print(self._line(now), soft_wrap=True)
+
+    def note(self, text: str) -> None:
+        self._out.print(console.plain(text), soft_wrap=True)
 
     def _line(self, now: float) -> str:
         speed = console.bytes_(int(self._done / max(now - self._began, 1e-3)))

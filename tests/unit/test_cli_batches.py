@@ -124,6 +124,7 @@ def test_a_file_without_an_end_of_line_is_not_read_into_memory(monkeypatch):
     "words, sentence",
     [
         (["missing.jsonl"], "there is no file missing.jsonl, and it is no file's id"),
+        (["taken"], "taken: the name of a batch's input must end in .jsonl"),
         (["."], "cannot read .: Is a directory"),
         (["in.jsonl", "--metadata", "x"], "--metadata takes KEY=VALUE, not 'x'"),
         (["in.jsonl", "-o", "taken"], "taken exists already: --force replaces it"),
