@@ -12,7 +12,7 @@ from fastapi import Depends, FastAPI
 from fastapi.responses import Response
 
 from llm_engine import metrics, records
-from llm_engine.api import admin, downloads, llm_engine_api, root_signals
+from llm_engine.api import admin, downloads, llm_engine_api, root_signals, sference
 from llm_engine.api.auth import Keyring, Scheme
 from llm_engine.api.cold import PRINCIPAL, SERVER_ERROR, Render, build_cold, having
 from llm_engine.api.dispatch import Dispatcher
@@ -48,6 +48,8 @@ def build_app(services: Services) -> "Gateway":
         [
             _mount_llm_engine(services, dispatcher),
             _mount_root_signals(services),
+            _mount_sference(services, dispatcher, "/sference"),
+            _mount_sference(services, dispatcher, "/sference-legacy"),
             _mount_openai(services, dispatcher),  # last: its prefix is everybody's
         ],
     )
@@ -98,6 +100,21 @@ def _mount_root_signals(services: Services) -> Mount:
         schemes=(Scheme.API_KEY, Scheme.BEARER),
         render=root_signals.render_error,
         cold=cold,
+    )
+
+
+def _mount_sference(services: Services, dispatcher: Dispatcher, prefix: str) -> Mount:
+    cold = build_cold(sference.render_error)
+    cold.include_router(sference.build_router(services), prefix=prefix)
+    return Mount(
+        prefix=f"{prefix}/",
+        schemes=(Scheme.BEARER, Scheme.HEADER),
+        render=sference.render_error,
+        cold=cold,
+        hot={
+            f"{prefix}{path}": handler
+            for path, handler in sference.build_hot(services, dispatcher).items()
+        },
     )
 
 
