@@ -17,7 +17,7 @@ from llm_engine.api.auth import Keyring, Scheme
 from llm_engine.api.cold import PRINCIPAL, SERVER_ERROR, Render, build_cold, having
 from llm_engine.api.dispatch import Dispatcher
 from llm_engine.api.http import Call, ClientGone, Receive, Scope, Send, openai_error
-from llm_engine.api.openai import files, models, uploads
+from llm_engine.api.openai import batches, files, models, uploads
 from llm_engine.api.openai.inference import Inference
 from llm_engine.api.requests import Kind
 from llm_engine.errors import APIError, InternalError, MethodNotAllowed, Overloaded
@@ -58,6 +58,7 @@ def build_app(services: Services) -> "Gateway":
 def _mount_openai(services: Services, dispatcher: Dispatcher) -> Mount:
     cold = build_cold(openai_error)
     cold.include_router(models.build_router(services))
+    cold.include_router(batches.build_router(services))
     cold.include_router(files.build_router(services))
     cold.include_router(uploads.build_router(services))
     cold.include_router(admin.build_router(services))

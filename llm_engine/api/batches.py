@@ -16,7 +16,8 @@ from itertools import chain
 import orjson
 
 from llm_engine import files
-from llm_engine.errors import Conflict, Overloaded
+from llm_engine.config import EndpointSettings
+from llm_engine.errors import APIError, Conflict, InvalidRequest, Overloaded
 from llm_engine.ids import new_id
 from llm_engine.records import BatchOptions, BatchRecord, Principal, Scope
 from llm_engine.services import Services
@@ -24,9 +25,8 @@ from llm_engine.statuses import BatchState
 from llm_engine.storage.base import NoSuchObject
 from llm_engine.store.batches import no_batch
 from llm_engine.store.files import no_file
+from llm_engine.store.idempotency import Once
 
-#: A file of requests that OpenAI's clients may delete or let expire, as theirs does.
-INPUT_EXPIRES_S = 30 * 86400
 ROW_DIGITS = 8
 _PLAIN = BatchOptions()
 
@@ -57,10 +57,14 @@ class Batches:
         self._storage = services.storage
         self._limits = services.settings.batches
 
-    async def create(self, who: Principal, new: NewBatch, input_file_id: str) -> BatchRecord:
-        """A batch over a file that is there, or is said to be: its job will tell.
+    async def create(
+        self, who: Principal, new: NewBatch, input_file_id: str, once: Once | None = None
+    ) -> BatchRecord:
+        """A batch over a file that is there, or is said to be: its job will tell. Or what `once`
+        has made before.
 
-        Raises Overloaded where its owner has too many open.
+        Raises Overloaded where its owner has too many open, Conflict where `once` was something
+        else.
         """
         now = time.time()
         record = BatchRecord(
@@ -79,8 +83,11 @@ class Batches:
             options=new.options,
         )
         try:
-            await asyncio.to_thread(self._store.batches.create, record, self._limits.max_open)
+            most = self._limits.max_open
+            record = await asyncio.to_thread(self._store.batches.create, record, most, once)
         except Conflict as full:
+            if full.code != "too_many_batches":
+                raise
             retry = self._services.settings.gateway.retry_after_s
             raise Overloaded(full.message, code=full.code, retry_after=retry) from None
         await self._services.nudge_batches()
@@ -90,18 +97,48 @@ class Batches:
         self, who: Principal, new: NewBatch, lines: Iterable[bytes]
     ) -> BatchRecord:
         """`lines`: requests in OpenAI's form, each with its newline."""
-        record = await asyncio.to_thread(
+        file = await asyncio.to_thread(
             lambda: files.keep(
                 self._storage,
                 self._store,
                 owner=who.owner,
-                purpose="batch",
+                purpose=files.BATCH,
                 filename="requests.jsonl",
                 pieces=lines,
-                expires_after_s=INPUT_EXPIRES_S,
             )
         )
-        return await self.create(who, new, record.id)
+        try:
+            return await self.create(who, new, file.id)
+        except APIError:  # nobody would ever learn of it
+            await asyncio.to_thread(files.discard, self._storage, self._store, file.id)
+            raise
+
+    async def engine_like(self, who: Principal, model: str, task: str) -> EndpointSettings:
+        """Of engines like those that serve `model` now, for a batch of its own. Their name is the
+        job's to give.
+
+        Raises NotFound for what does not exist or is not theirs to see, InvalidRequest for a model
+        that is no endpoint or does not do `task`.
+        """
+        route = self._services.catalog.resolve(who, model, task)
+        if route.endpoint is None or route.registered:
+            what = "an alias" if route.endpoint else "an external model"
+            raise InvalidRequest(
+                f"The model '{model}' is {what}: only an endpoint can be run on engines of its "
+                "own. Name the endpoint, or leave the engines to the platform.",
+                param="model",
+                code="model_not_supported",
+            )
+        served = await asyncio.to_thread(self._store.endpoints.get, route.endpoint.name)
+        scaling = served.spec["autoscaling"]
+        return EndpointSettings.model_validate(
+            served.spec
+            | {
+                "public": False,
+                "fallback": None,
+                "autoscaling": scaling | {"min_replicas": max(1, scaling["min_replicas"])},
+            }
+        )
 
     async def get(self, who: Principal, batch: str) -> BatchRecord:
         """Raises NotFound, for another owner's too."""
@@ -114,11 +151,12 @@ class Batches:
         self, who: Principal, after: str | None, limit: int
     ) -> tuple[list[BatchRecord], bool]:
         """Newest first, and whether there are more. Raises NotFound for an unknown `after`."""
-        owner = None if who.may(Scope.ADMIN) else who.owner
+        owner = None if who.sees_all or who.may(Scope.ADMIN) else who.owner
         return await asyncio.to_thread(self._store.batches.page, owner, after, limit)
 
     async def cancel(self, who: Principal, batch: str) -> BatchRecord:
-        """Raises NotFound, or Conflict where it has ended otherwise."""
+        """Its finished rows become its results. Again does nothing. Raises NotFound, or Conflict
+        where it has ended otherwise."""
         await self.get(who, batch)
         record = await asyncio.to_thread(self._store.batches.ask_cancel, batch)
         await self._services.nudge_batches()

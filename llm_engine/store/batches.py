@@ -1,14 +1,15 @@
 """Batches as records: one state machine, and never more than one process that works on a batch.
 
     validating ──▶ in_progress ──▶ finalizing ──▶ completed | expired
-        │  │            │              │
-        │  │            └──────────────┴─ cancel ─▶ cancelling ──▶ cancelled
-        │  └─ cancel ─▶ cancelling
-        └──▶ failed ◀── any state, where its job cannot go on
+        │              │               │
+        └──────────────┴───────────────┴─ cancel ─▶ cancelling ──▶ cancelled
+
+    each of these that has not ended ──▶ failed, where its job cannot go on
 
 Clients `create` and `ask_cancel`. A job `claim`s the batch: it is the worker until its lease ends,
 and whatever it writes is refused once another one has claimed it. A row counts as finished when the
-part that holds it is added, in one transaction with the counts.
+part that holds it is added, in one transaction with the counts. A batch whose time is over before
+any job has begun it goes straight to its end.
 """
 
 import time
@@ -21,12 +22,13 @@ import sqlalchemy as sa
 from llm_engine.errors import Conflict, LeaseLost, NotFound
 from llm_engine.records import BatchOptions, BatchPart, BatchRecord, FileRecord, Usage
 from llm_engine.statuses import BatchState
-from llm_engine.store import files, journal, tables
+from llm_engine.store import files, idempotency, journal, tables
 from llm_engine.store.database import Database, Lock
+from llm_engine.store.idempotency import Once
 
 table = tables.batches.c
+ROUTE = "batches"  # of the idempotency keys that make them
 FINAL = tuple(str(state) for state in BatchState if state.is_final)
-_CANCELLABLE = (BatchState.VALIDATING, BatchState.IN_PROGRESS, BatchState.FINALIZING)
 
 
 class Batches:
@@ -35,9 +37,14 @@ class Batches:
 
     # -- what clients ask for
 
-    def create(self, record: BatchRecord, limit: int) -> None:
-        """Raises Conflict where its owner has `limit` batches that have not ended."""
+    def create(self, record: BatchRecord, limit: int, once: Once | None = None) -> BatchRecord:
+        """The record, or what `once` has made before. Raises Conflict where its owner has `limit`
+        batches that have not ended, and where `once` was something else."""
         with self._database.writing(alone=Lock.BATCHES) as connection:
+            if once is not None:
+                first = idempotency.claim(connection, once, record.id)
+                if first != record.id:
+                    return _one(connection, first)
             open_ones = sa.select(sa.func.count()).where(
                 table.owner == record.owner, table.state.not_in(FINAL)
             )
@@ -50,6 +57,7 @@ class Batches:
                 )
             connection.execute(tables.batches.insert().values(_values(record)))
             journal.note(connection, record.id, str(record.state))
+            return _one(connection, record.id)
 
     def get(self, batch: str) -> BatchRecord:
         """Raises NotFound."""
@@ -79,11 +87,12 @@ class Batches:
             record = _one(connection, batch, lock=True)
             if record.state in (BatchState.CANCELLING, BatchState.CANCELLED):
                 return record
-            if record.state not in _CANCELLABLE:
+            if record.state.is_final:
                 raise Conflict(
                     f"Cannot cancel a batch with status '{record.state}'.", code="batch_ended"
                 )
-            return _move(connection, record, BatchState.CANCELLING, outcome="cancelled")
+            outcome = str(BatchState.CANCELLED)
+            return _move(connection, record, BatchState.CANCELLING, outcome=outcome)
 
     # -- what its job does
 
@@ -103,6 +112,7 @@ class Batches:
                     lease_until=now + lease_s,
                     starts=table.starts + 1,
                     idle_starts=table.idle_starts + 1,
+                    reason=None,  # it waits for nothing any more
                     revision=table.revision + 1,
                 )
                 .returning(*table)
@@ -131,9 +141,7 @@ class Batches:
         """As its worker: the next state. None where it was in none of `from_`, because somebody
         has cancelled it. Raises LeaseLost. `values`: other columns, as the record has them."""
         with self._database.writing() as connection:
-            found = _one(connection, record.id, lock=True)
-            if found.worker != record.worker or record.worker is None:
-                raise LeaseLost(f"another process works on {record.id}")
+            found = _held(connection, record)
             return _move(connection, found, to, **values) if found.state in from_ else None
 
     def note(self, record: BatchRecord, **values: Any) -> BatchRecord:
@@ -142,12 +150,14 @@ class Batches:
             return _as_worker(connection, record, _plain(values))
 
     def add_part(self, record: BatchRecord, part: BatchPart) -> BatchRecord:
-        """As its worker: these rows are finished, in any state but a final one. Raises LeaseLost,
-        and NotFound where the batch is gone."""
+        """As its worker: these rows are finished, in any state but a final one. Raises LeaseLost.
+
+        Again does nothing: a worker that did not hear the answer may ask once more.
+        """
         with self._database.writing() as connection:
-            found = _one(connection, record.id, lock=True)
-            if found.worker != record.worker or found.state.is_final:
-                raise LeaseLost(f"another process works on {record.id}")
+            found = _held(connection, record)
+            if _has_part(connection, record.id, part):
+                return found
             connection.execute(
                 tables.batch_parts.insert().values(
                     batch=record.id,
@@ -181,12 +191,14 @@ class Batches:
     ) -> BatchRecord:
         """As its worker: the end. Its files and its last state become visible together.
 
-        The parts are forgotten; whoever calls deletes their objects after that. Raises LeaseLost.
+        Who has asked to cancel it in the meantime was promised that it ends as cancelled: it does,
+        unless it failed. The parts are forgotten; whoever calls deletes their objects after that.
+        Raises LeaseLost.
         """
         with self._database.writing() as connection:
-            found = _one(connection, record.id, lock=True)
-            if found.worker != record.worker or found.state.is_final:
-                raise LeaseLost(f"another process works on {record.id}")
+            found = _held(connection, record)
+            if found.state is BatchState.CANCELLING and to is not BatchState.FAILED:
+                to = BatchState.CANCELLED
             for result in results:
                 files.insert(connection, result)
             connection.execute(
@@ -205,6 +217,8 @@ class Batches:
     def release(self, record: BatchRecord, reason: str) -> bool:
         """Its worker is known to be dead: another may claim it at once. False where that was
         another worker."""
+        if record.worker is None:
+            return False
         with self._database.writing() as connection:
             done = connection.execute(
                 tables.batches.update()
@@ -257,18 +271,46 @@ def _as_worker(
         tables.batches.update()
         .where(
             table.id == record.id,
-            table.worker == record.worker,
+            table.worker == _worker(record),
             table.state.not_in(FINAL),
         )
         .values(values)
         .returning(*table)
     ).one_or_none()
     if row is None:
-        raise LeaseLost(f"another process works on {record.id}, or it has ended")
+        raise _lost(record)
     return _record(row)
 
 
+def _held(connection: sa.Connection, record: BatchRecord) -> BatchRecord:
+    """As it is now, and for this transaction only. Raises LeaseLost."""
+    wanted = sa.select(tables.batches).where(table.id == record.id).with_for_update()
+    row = connection.execute(wanted).one_or_none()
+    found = None if row is None else _record(row)
+    if found is None or found.worker != _worker(record) or found.state.is_final:
+        raise _lost(record)
+    return found
+
+
+def _worker(record: BatchRecord) -> str:
+    if record.worker is None:  # nobody's record is not everybody's
+        raise _lost(record)
+    return record.worker
+
+
+def _lost(record: BatchRecord) -> LeaseLost:
+    return LeaseLost(f"another process works on {record.id}, or it has ended")
+
+
+def _has_part(connection: sa.Connection, batch: str, part: BatchPart) -> bool:
+    parts = tables.batch_parts.c
+    wanted = sa.select(parts.key).where(parts.batch == batch, parts.number == part.number)
+    return connection.execute(wanted).scalar() == part.key
+
+
 def _one(connection: sa.Connection, batch: str, lock: bool = False) -> BatchRecord:
+    if "\0" in batch:  # PostgreSQL knows no such text
+        raise no_batch(batch)
     wanted = sa.select(tables.batches).where(table.id == batch)
     row = connection.execute(wanted.with_for_update() if lock else wanted).one_or_none()
     if row is None:
@@ -277,7 +319,7 @@ def _one(connection: sa.Connection, batch: str, lock: bool = False) -> BatchReco
 
 
 def no_batch(batch: str) -> NotFound:
-    return NotFound(f"No batch found with id '{batch}'.", param="batch_id")
+    return NotFound(f"No batch found with id '{batch[:100]}'.", param="batch_id")
 
 
 def _plain(values: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from llm_engine.config import EndpointSettings
 from llm_engine.errors import APIError
 from llm_engine.ids import new_id
 from llm_engine.records import (
+    BatchRecord,
     EndpointRecord,
     FileRecord,
     KeyRecord,
@@ -21,7 +22,7 @@ from llm_engine.records import (
     UploadPart,
     UploadRecord,
 )
-from llm_engine.statuses import EndpointState
+from llm_engine.statuses import BatchState, EndpointState
 from llm_engine.store.endpoints import Change
 from llm_engine.store.sql import Store
 from tests.support.cluster import eventually
@@ -92,6 +93,14 @@ def upload(owner: str = "ann", **facts: Any) -> UploadRecord:
 def part(of: UploadRecord, bytes: int = 5) -> UploadPart:
     made = new_id("part")
     return UploadPart(made, of.id, bytes, f"uploads/{of.id}/{made}", time.time())
+
+
+def batch(owner: str = "ann", **facts: Any) -> BatchRecord:
+    now = time.time()
+    given = {"dialect": "openai", "endpoint": "/v1/chat/completions", "input_file_id": "file-1",
+             "window_s": 86400.0, "state": BatchState.VALIDATING, "created_at": now,
+             "expires_at": now + 86400.0}  # fmt: skip
+    return BatchRecord(new_id("batch"), owner, **given | facts)
 
 
 def kinds(store: Store, subject: str) -> list[str]:

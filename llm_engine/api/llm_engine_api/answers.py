@@ -36,16 +36,8 @@ class CompletionForm:
         self._seen, self._shown = b"", b""
 
     def answer(self, request: EngineRequest, body: bytes) -> bytes:
-        answer = orjson.loads(body)
-        choice = answer["choices"][0]
-        _check_whole(choice)
-        output = {
-            "text": choice["text"],
-            "num_prompt_tokens": answer["usage"]["prompt_tokens"],
-            "num_completion_tokens": answer["usage"]["completion_tokens"],
-            "tokens": _tokens(choice) if self._log_probs else None,
-        }
-        return orjson.dumps({"request_id": self.request_id, "output": output})
+        told = output(orjson.loads(body), log_probs=self._log_probs)
+        return orjson.dumps({"request_id": self.request_id, "output": told})
 
     def event(self, request: EngineRequest, payload: bytes) -> bytes:
         # The first event of an external model comes twice: to see whether it is one, and to send.
@@ -113,6 +105,18 @@ class CompletionForm:
             event = {"request_id": self.request_id, "output": output, "error": None}
             out.append(sse.event(orjson.dumps(event)))
         return b"".join(out)
+
+
+def output(answer: dict[str, Any], *, log_probs: bool) -> dict[str, Any]:
+    """CompletionOutput of a whole answer. Raises InternalError where it is not whole."""
+    choice = answer["choices"][0]
+    _check_whole(choice)
+    return {
+        "text": choice["text"],
+        "num_prompt_tokens": answer["usage"]["prompt_tokens"],
+        "num_completion_tokens": answer["usage"]["completion_tokens"],
+        "tokens": _tokens(choice) if log_probs else None,
+    }
 
 
 def _tokens(choice: dict[str, Any]) -> list[Token]:

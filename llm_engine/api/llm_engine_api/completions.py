@@ -84,6 +84,11 @@ def parse(body: bytes) -> Completion:
         raise InvalidRequest(f"The request body is not valid JSON: {error}.") from None
     if not isinstance(data, dict):
         raise InvalidRequest("The request body must be a JSON object.")
+    return checked(data)
+
+
+def checked(data: dict[str, Any]) -> Completion:
+    """Raises InvalidRequest for the first thing that is wrong."""
     asked = check(Completion, data)
     _check_sampling(asked)
     guides = [name for name in _GUIDES if getattr(asked, name) is not None]

@@ -23,6 +23,8 @@ LabelKey = Annotated[
     str, StringConstraints(max_length=128, pattern=r"^[A-Za-z0-9]([-A-Za-z0-9_./]*[A-Za-z0-9])?$")
 ]
 
+Labels = Annotated[dict[LabelKey, Label], Field(max_length=64)]
+
 
 class _Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -112,7 +114,7 @@ class _Endpoint(_VllmOptions):
     min_workers: Annotated[int, Field(ge=0)] | None = None
     max_workers: Annotated[int, Field(ge=0)] | None = None
     per_worker: Annotated[int, Field(ge=1, le=100_000)] | None = None
-    labels: Annotated[dict[LabelKey, Label], Field(max_length=64)] | None = None
+    labels: Labels | None = None
     prewarm: bool | None = None
     high_priority: bool | None = None
     billing_tags: dict[str, Any] | None = None
@@ -124,6 +126,42 @@ class _Endpoint(_VllmOptions):
     inference_framework: Line | None = None
     endpoint_type: Line | None = None
     nodes_per_worker: Annotated[int, Field(ge=1)] | None = None
+
+
+class BatchModel(_VllmOptions):
+    """model_config of a batch."""
+
+    model: Annotated[Line, StringConstraints(min_length=1, max_length=200)]
+    checkpoint_path: Line | None = None
+    num_shards: Count | None = None
+    max_context_length: Count | None = None
+    response_role: Line | None = None
+    labels: Labels | None = None
+
+
+class NewBatch(_Body):
+    """Of both versions; they differ in what `content` may be."""
+
+    model: BatchModel = Field(alias="model_config")
+    output_data_path: Annotated[Line, StringConstraints(min_length=1)]
+    input_data_path: Annotated[Line, StringConstraints(min_length=1)] | None = None
+    content: Any = None
+    labels: Labels | None = None
+    data_parallelism: Annotated[int, Field(ge=1, le=64)] | None = None
+    max_runtime_sec: Annotated[int, Field(ge=1, le=172_800)] | None = None
+    priority: Line | None = None
+    tool_config: dict[str, Any] | None = None
+    cpus: Quantity | None = None
+    gpus: Annotated[int, Field(ge=0, le=1024)] | None = None
+    memory: Quantity | None = None
+    gpu_type: Line | None = None
+    storage: Quantity | None = None
+    nodes_per_worker: Annotated[int, Field(ge=1)] | None = None
+
+
+class BatchChange(_Body):
+    job_id: str | None = None
+    priority: Line | None = None
 
 
 class NewEndpoint(_Endpoint):

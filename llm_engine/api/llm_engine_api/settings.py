@@ -72,6 +72,22 @@ def changed(data: Values, record: EndpointRecord) -> tuple[EndpointSettings, Val
     return _merge(record.spec, record.extras, values)
 
 
+def own_engine(base: EndpointSettings | None, values: Values, replicas: int) -> EndpointSettings:
+    """Of engines that serve one batch and nobody else: like `base`, where there is one, with what
+    its model_config says. Their name is the job's to give. Raises InvalidRequest."""
+    if base is None:
+        spec: Values = {"name": "batch", "vllm_args": {}, "autoscaling": {}}
+    else:
+        spec = base.model_dump(mode="json")
+    spec["public"] = False
+    spec["autoscaling"] |= {"min_replicas": replicas, "max_replicas": replicas}
+    role = values.pop("response_role", None)
+    settings, _ = _merge(spec, {}, values)
+    if role is None:
+        return settings
+    return settings.model_copy(update={"vllm_args": settings.vllm_args | {"response_role": role}})
+
+
 def _merge(spec: Values, extras: Values, values: Values) -> tuple[EndpointSettings, Values]:
     described = dict(extras.get(EXTRAS, {}))
     spec = spec | {"autoscaling": dict(spec["autoscaling"])}

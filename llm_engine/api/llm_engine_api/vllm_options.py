@@ -67,6 +67,13 @@ def refuse(field: str, why: str) -> InvalidRequest:
     return InvalidRequest(f"Invalid '{field}': {why}", param=field, code="invalid_value")
 
 
+def within(where: str, error: InvalidRequest) -> InvalidRequest:
+    """The same, of a field of the object `where`."""
+    param = f"{where}.{error.param}" if error.param else where
+    message = error.message.replace(f"'{error.param}'", f"'{param}'")
+    return InvalidRequest(message, param=param, code=error.code)
+
+
 def _limits(text: str) -> dict[str, Any] | str:
     """'image=2,video=1', as vLLM 0.6 had it, or the JSON object that it is today."""
     if not text:
