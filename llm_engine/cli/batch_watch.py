@@ -66,7 +66,7 @@ def amounts(row: Row) -> list[str]:
 
 
 def rate(per_s: float) -> str:
-    return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.1f}"
+    return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.1f}" if per_s >= 1 else f"{per_s:.2g}"
 
 
 class Display:

@@ -190,6 +190,11 @@ def test_a_terminal_shows_how_far_how_fast_what_failed_and_what_is_left():
     assert text.endswith("2/4 rows 1 failed 3.2 rows/s 1,234 tokens/s about 12 s left")
 
 
+def test_a_slow_batch_is_not_told_to_stand_still_and_hours_are_hours():
+    slow = row(done=1, progress={"rows_per_s": 0.012, "eta_s": 90_000.0})
+    assert drawn(slow).endswith("0.012 rows/s about 25 h 0 min left")
+
+
 def test_a_batch_that_waits_says_what_for():
     waiting = row("validating", total=0, status_reason="waits for\x1b[2J 2 other batches")
     assert drawn(waiting).endswith("waits for[2J 2 other batches")
