@@ -1,8 +1,9 @@
 """An engine with no weights: the same words to every prompt, as fast as HTTP goes.
 
 For overhead benchmarks and quick tests, never for answers. Understands of OpenAI's fields just
-`stream`, `max_tokens` and `input`. Its `vllm_args` are `load_delay_s`, `token_delay_s`,
-`max_num_seqs` and `max_model_len`; anything else is refused. Knows nothing of vLLM.
+`stream`, `max_tokens`, `input` and `seed`, with which a whole text begins, to tell it from others.
+Its `vllm_args` are `load_delay_s`, `token_delay_s`, `max_num_seqs` and `max_model_len`; anything
+else is refused. Knows nothing of vLLM.
 """
 
 import asyncio
@@ -90,7 +91,7 @@ class FakeEngine:
         if not body.get("stream"):
             await asyncio.sleep(count * self.options["token_delay_s"])
             self.generated_tokens += count
-            text = WORD * count
+            text = WORD * count if body.get("seed") is None else f"{body['seed']} {WORD * count}"
             choice: dict[str, Any] = {"index": 0, "finish_reason": "length", "logprobs": None}
             choice |= {"message": message(text)} if chat else {"text": text}
             usage = {"prompt_tokens": 1, "completion_tokens": count, "total_tokens": count + 1}
