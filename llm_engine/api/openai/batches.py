@@ -11,13 +11,14 @@ from fastapi.responses import Response
 from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 from typing_extensions import TypedDict
 
-from llm_engine.api.batches import Batches, NewBatch, split_lines
+from llm_engine.api.batches import Batches, NewBatch
 from llm_engine.api.cold import having, read_json
 from llm_engine.api.http import openai_error
 from llm_engine.api.once import once
 from llm_engine.api.openai import problems
 from llm_engine.api.openai.fields import Metadata
 from llm_engine.api.openai.files import list_row
+from llm_engine.batches.rows import read_rows
 from llm_engine.errors import Conflict, NotFound
 from llm_engine.records import BatchOptions, BatchRecord, Principal, Scope
 from llm_engine.services import Services
@@ -186,8 +187,8 @@ def first_model(services: Services, who: Principal, file: str) -> str | None:
         if not who.sees(record.owner):
             return None
         pieces = services.storage.read(record.key, 0, LONGEST_LOOK)
-        line = next((line for line in split_lines(pieces) if line.strip()), b"")
-        model = orjson.loads(line.removeprefix(b"\xef\xbb\xbf"))["body"]["model"]
+        row = next(read_rows(pieces, LONGEST_LOOK), None)
+        model = orjson.loads(row.data if row and row.data else b"")["body"]["model"]
     except (NotFound, NoSuchObject, orjson.JSONDecodeError, TypeError, KeyError):
         return None
     return model if isinstance(model, str) else None
