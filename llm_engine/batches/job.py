@@ -241,11 +241,17 @@ class Job:
             progress=self._progress,
         )
         watchers = [self._stop_in_time(runner), self._stop_if_cancelled(runner)]
-        watchers.append(self._stop_if_failed(runner) if own else self._steer(runner))
+        if not own:
+            watchers.append(self._steer(runner))
         tasks = [asyncio.create_task(each) for each in watchers]
+
+        async def start_engine() -> None:
+            await self._engine.start()
+            tasks.append(asyncio.create_task(self._stop_if_failed(runner)))
+
         self._runner = runner
         try:
-            await runner.run(self._engine.start if own else None)
+            await runner.run(start_engine if own else None)
         except NoSuchObject:
             return Stop("failed", (_no_file(record),))
         except EngineFailed as failed:
@@ -295,7 +301,7 @@ class Job:
 
 
 def _engine_failed(failed: EngineFailed) -> Stop:
-    message = f"The rest of the batch cannot run: {failed}."
+    message = f"The batch cannot go on: {failed}."
     return Stop("completed", (problem("model_unavailable", message),))
 
 
