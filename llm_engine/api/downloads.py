@@ -11,8 +11,8 @@ from fastapi import Request
 from fastapi.responses import Response
 
 from llm_engine.api.blocking import finish
-from llm_engine.api.http import Receive, Scope, Send
-from llm_engine.errors import APIError, InvalidKey
+from llm_engine.api.http import Receive, Scope, Send, openai_error
+from llm_engine.errors import InvalidKey, InvalidRequest
 from llm_engine.records import FileRecord
 from llm_engine.services import Services
 from llm_engine.storage.base import NoSuchObject, Storage
@@ -64,7 +64,7 @@ def _origin(request: Request) -> str:
 
 async def content(storage: Storage, request: Request, record: FileRecord) -> Response:
     """The answer to GET and HEAD; a single range is honoured, several are not. Raises NotFound
-    where the bytes are gone, and APIError 416 for a range that lies behind the end."""
+    where the bytes are gone."""
     etag = f'"{record.id}"'  # a file never changes
     headers = {
         "content-type": "application/octet-stream",
@@ -78,7 +78,10 @@ async def content(storage: Storage, request: Request, record: FileRecord) -> Res
     if asked is not None and request.headers.get("if-range", etag) == etag:
         found = _range(asked, record.bytes)
         if found is not None:
-            (start, length), status = found, 206
+            start, length = found
+            if length <= 0:
+                return _unsatisfiable(record.bytes)
+            status = 206
             headers["content-range"] = f"bytes {start}-{start + length - 1}/{record.bytes}"
     headers["content-length"] = str(length)
     if request.method == "HEAD":
@@ -130,29 +133,29 @@ async def _left(receive: Callable[[], Any]) -> None:
 
 
 def _range(asked: str, size: int) -> tuple[int, int] | None:
-    """Where it starts, and how long it is; None for what is to be ignored (RFC 9110, 14.2)."""
+    """Where it starts, and how long it is: not longer than 0 where it lies behind the end. None
+    for what is to be ignored (RFC 9110, 14.2)."""
     parsed = _RANGE.fullmatch(asked)
-    if parsed is None or parsed[0].strip() == "bytes=-":
+    if parsed is None or not (parsed[1] or parsed[2]):
         return None
     first, last = parsed[1], parsed[2]
     if not first:
-        start, end = max(size - int(last), 0), size
-    else:
-        start, end = int(first), min(int(last) + 1, size) if last else size
-        if last and int(last) < start:
-            return None
-    if start >= end:
-        raise _Unsatisfiable(size)
-    return start, end - start
+        start = max(size - int(last), 0)
+        return start, size - start
+    start = int(first)
+    if last and int(last) < start:
+        return None
+    return start, min(int(last) + 1 if last else size, size) - start
 
 
-class _Unsatisfiable(APIError):
-    status = 416
-    type = "invalid_request_error"
-    code = "invalid_range"
-
-    def __init__(self, size: int) -> None:
-        super().__init__(f"The file has {size} bytes; the range lies behind its end.")
+def _unsatisfiable(size: int) -> Response:
+    error = InvalidRequest(
+        f"The file has {size} bytes; the range lies behind its end.",
+        code="invalid_range",
+        status=416,
+    )
+    headers = {"content-range": f"bytes */{size}"}
+    return Response(openai_error(error), 416, headers, media_type="application/json")
 
 
 def _disposition(filename: str) -> str:
