@@ -12,9 +12,8 @@ import pytest
 from llm_engine.api.llm_engine_api import batch_rows
 from llm_engine.api.llm_engine_api.batch_rows import V1, V2
 from llm_engine.errors import InvalidRequest
-from llm_engine.records import BatchOptions, BatchRecord, ModelRecord, Scope
+from llm_engine.records import BatchRecord, ModelRecord, Scope
 from llm_engine.statuses import BatchState
-from llm_engine.storage.opening import open_path
 from tests.api.test_batches import key_of
 from tests.api.test_llm_engine_dialect import import_client, use
 from tests.stores.making import batch
@@ -242,47 +241,21 @@ def test_a_body_that_is_too_large_names_the_setting(http):
 # -- by path
 
 
-def put(served: GatewayThread, path: str, document: Any, owner: str = "ann") -> None:
-    storage, key = open_path(served.settings, path, owner=owner)
-    storage.put(key, orjson.dumps(document))
-
-
-@pytest.mark.parametrize(
-    ("document", "endpoint"),
-    [
-        ([{"messages": [{"role": "user", "content": "prompt"}]}], CHAT),
-        ([{"messages": None, "prompt": "x"}], COMPLETIONS),
-        ([{"prompt": [1, 2]}] * 100_000, COMPLETIONS),  # only its beginning is read
-        (PROMPTS, COMPLETIONS),
-        ([], CHAT),
-        ("nonsense", CHAT),
-    ],
-)
-def test_an_input_by_path_is_left_to_the_job(scale, served, document, endpoint):
-    put(served, "in.json", document)
-    job = make(scale, input_data_path="in.json", use_v2=True)
+@pytest.mark.parametrize(("v2", "endpoint"), [(False, COMPLETIONS), (True, CHAT)])
+def test_an_input_by_path_is_left_to_the_job(scale, served, v2, endpoint):
+    job = make(scale, input_data_path="nowhere.json", use_v2=v2)
     record = record_of(served, job.job_id)
-    assert (record.options.input_path, record.endpoint) == ("in.json", endpoint)
-    assert record.input_file_id.startswith("file-") and job.input_data_path == "in.json"
-    rows = document if isinstance(document, list) else [document]
-    if endpoint == COMPLETIONS:
-        lines = batch_rows.requests(rows[:2], record)
-        assert {line["url"] for line in lines} == {COMPLETIONS}
+    assert (record.options.input_path, record.endpoint) == ("nowhere.json", endpoint)
+    assert record.input_file_id.startswith("file-")
+    told = scale.Completion.get_batch_completion(job.job_id)["job"]
+    assert told["input_data_path"] == "nowhere.json"
 
 
 def test_a_folder_that_the_operator_has_named_may_be_used(scale, served):
     path = str(served.data / "in.json")
-    put(served, path, PROMPTS)
     job = make(scale, input_data_path=path, output_data_path=str(served.data / "out.json"))
-    record = record_of(served, job.job_id)
-    assert (record.options.output_path, record.endpoint) == (
-        str(served.data / "out.json"),
-        COMPLETIONS,
-    )
-
-
-def test_nothing_at_the_path_is_for_the_job_to_tell(scale):
-    assert make(scale, input_data_path="nowhere.json").job_id
+    options = record_of(served, job.job_id).options
+    assert (options.input_path, options.output_path) == (path, str(served.data / "out.json"))
 
 
 # -- engines
@@ -434,20 +407,19 @@ def test_all_of_it_needs_the_scope_files(served):
 # -- rows
 
 
-def test_documents_under_a_path_become_rows_item_by_item():
-    record = batch(model="m", options=BatchOptions(output_form=V2))
-    lines = batch_rows.requests([{"prompt": "a"}, PROMPTS, {"prompt": "d"}], record)
-    found = [orjson.loads(orjson.dumps(line)) for line in lines]
-    assert [line["body"]["prompt"] for line in found] == ["a", "a", "b", "d"]
-    assert [line["custom_id"] for line in found] == ["0", "1", "2", "3"]
-    assert {line["body"]["model"] for line in found} == {"m"}
-    for item in ({}, {"prompt": "a", "messages": []}, {"messages": None}):
-        with pytest.raises(InvalidRequest) as refused:
-            list(batch_rows.requests([{"prompt": "a"}, item], record))
-        assert refused.value.param == "item 1"
+@pytest.mark.parametrize("item", [{}, ITEM | {"messages": []}, {"messages": None}, "text", None])
+def test_an_item_that_is_none_says_which_it_is(item):
+    with pytest.raises(InvalidRequest) as refused:
+        batch_rows.convert(item, V2, "input[3]")
+    assert refused.value.param == "input[3]"
+
+
+def test_an_item_loses_what_is_not_its_own_to_say():
+    item = ITEM | {"model": "x", "stream": True, "guided_regex": "a+", "seed": None, "top_k": 5}
+    body = {"prompt": "a", "top_k": 5, "structured_outputs": {"regex": "a+"}}
+    assert batch_rows.convert(item, V2) == body
     with pytest.raises(InvalidRequest, match="'prompts'"):
-        form = BatchOptions(output_form=V1)
-        list(batch_rows.requests([{"prompt": "a"}], batch(model="m", options=form)))
+        batch_rows.convert(ITEM, V1)
 
 
 def line(body: Any, status: int = 200, error: Any = None) -> dict[str, Any]:

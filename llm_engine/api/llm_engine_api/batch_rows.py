@@ -5,11 +5,9 @@ Bodies name no model: that is the batch's to say. What only an engine can judge
 is not looked at here; it becomes the row's own error.
 """
 
-import io
 from collections.abc import Iterable, Iterator
 from typing import Annotated, Any
 
-import ijson
 import orjson
 from pydantic import Field
 
@@ -19,7 +17,6 @@ from llm_engine.api.llm_engine_api.completions import checked, engine_body
 from llm_engine.api.llm_engine_api.fields import Completion, Text
 from llm_engine.api.llm_engine_api.vllm_options import refuse, within
 from llm_engine.errors import APIError, InvalidRequest
-from llm_engine.records import BatchRecord
 
 Body = dict[str, Any]
 
@@ -115,37 +112,9 @@ def path_of(body: Body) -> str:
     return CHAT if "messages" in body else COMPLETIONS
 
 
-def endpoint_in(head: bytes) -> str | None:
-    """Which endpoint a document is for, told by its beginning; None where that does not tell."""
-    try:
-        for path, event, _ in ijson.parse(io.BytesIO(head.removeprefix(b"\xef\xbb\xbf"))):
-            field = path.removeprefix("item.")
-            if field in ("messages", "prompt", "prompts") and event != "null":
-                return CHAT if field == "messages" else COMPLETIONS
-    except ijson.JSONError:
-        pass
-    return None
-
-
-def requests(items: Iterable[Body], record: BatchRecord) -> Iterator[Body]:
-    """Lines of a batch's input, in OpenAI's form, for the items of a document that lies under a
-    path. Raises InvalidRequest, naming the item."""
-    assert record.model is not None
-    form = record.options.output_form or V2
-    found = (body for place, item in enumerate(items) for body in _bodies_of(item, form, place))
-    for number, body in enumerate(found):
-        yield _request(number, body, record.model)
-
-
-def _bodies_of(item: Body, form: str, place: int) -> Iterator[Body]:
-    if "prompts" in item:
-        return of_prompts(item, f"item {place}")
-    return iter([convert(item, form, f"item {place}")])
-
-
 def lines(bodies: Iterable[Body], model: str, most: int) -> Iterator[bytes]:
-    """The same for what came inline, with newlines. Raises InvalidRequest for more than `most`, and
-    for prompts among messages."""
+    """All lines of a batch's input. Raises InvalidRequest for more than `most`, and for prompts
+    among messages."""
     path = None
     for number, body in enumerate(bodies):
         if number >= most:
@@ -153,21 +122,22 @@ def lines(bodies: Iterable[Body], model: str, most: int) -> Iterator[bytes]:
         path = path or path_of(body)
         if path_of(body) != path:
             raise refuse(f"content[{number}]", "a batch has either prompts or messages, not both.")
-        row = _request(number, body, model)
-        yield orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
+        yield line(number, body, model)
 
 
-def _request(number: int, body: Body, model: str) -> Body:
-    try:
-        written = orjson.dumps({"model": model} | body)
-    except TypeError:  # orjson's own error is one
-        raise refuse(f"content[{number}]", "it is nested too deeply.") from None
-    return {
+def line(number: int, body: Body, model: str) -> bytes:
+    """Of a batch's input, in OpenAI's form, with its newline. Raises InvalidRequest where it is
+    nested too deeply."""
+    row = {
         "custom_id": str(number),
         "method": "POST",
         "url": path_of(body),
-        "body": orjson.Fragment(written),
+        "body": {"model": model} | body,
     }
+    try:
+        return orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE)
+    except TypeError:  # orjson's own error is one
+        raise refuse(f"content[{number}]", "it is nested too deeply.") from None
 
 
 def element(result: Body, form: str) -> Body:

@@ -17,11 +17,10 @@ from llm_engine.api.llm_engine_api.batch_rows import V1, V2
 from llm_engine.api.llm_engine_api.fields import BatchChange, BatchModel, NewBatch
 from llm_engine.api.llm_engine_api.vllm_options import refuse, within
 from llm_engine.config import EndpointSettings
-from llm_engine.errors import BodyTooLarge, Conflict, InvalidRequest, NotFound, StorageUnavailable
+from llm_engine.errors import BodyTooLarge, Conflict, InvalidRequest, NotFound
 from llm_engine.records import BatchOptions, BatchRecord, Principal, Scope
 from llm_engine.services import Services
 from llm_engine.statuses import BatchState
-from llm_engine.storage.base import NoSuchObject
 from llm_engine.storage.opening import open_path
 
 Keeper = Annotated[Principal, Depends(having(Scope.FILES))]
@@ -34,8 +33,6 @@ WINDOW_S = 86400.0
 MOST_READ = 2
 #: Of a body; what is larger waits on disk.
 SMALL = 2**20
-#: Bytes of an input's beginning that tell prompts from messages.
-LOOK = 2**16
 
 _HARDWARE = ("cpus", "gpus", "memory", "gpu_type", "storage")
 _PRIORITY = (
@@ -120,7 +117,7 @@ class _Creation:
         engine = await self._engine(who, asked)
         new = batches.NewBatch(
             dialect=DIALECT,
-            endpoint=await self._endpoint(who, asked, form),
+            endpoint=_endpoint(asked, form),
             window_s=asked.max_runtime_sec or WINDOW_S,
             model=model,
             options=BatchOptions(
@@ -163,24 +160,14 @@ class _Creation:
         except InvalidRequest as error:
             raise _in_our_words(error) from None
 
-    async def _endpoint(self, who: Principal, asked: NewBatch, form: str) -> str:
-        """The path of all rows."""
-        if form == V1:
-            return batch_rows.COMPLETIONS
-        if asked.input_data_path is None:
-            first = next(batch_rows.bodies(asked.content, form))
-            return batch_rows.path_of(first)
-        path = asked.input_data_path
-        head = await asyncio.to_thread(self._look, path, who.owner)
-        return batch_rows.endpoint_in(head) or batch_rows.CHAT
 
-    def _look(self, path: str, owner: str) -> bytes:
-        """The beginning of what lies there; nothing, where the job will say what is wrong."""
-        storage, key = open_path(self._services.settings, path, owner=owner)
-        try:
-            return b"".join(storage.read(key, 0, LOOK))
-        except (NoSuchObject, StorageUnavailable):
-            return b""
+def _endpoint(asked: NewBatch, form: str) -> str:
+    """The path of all rows; of an input that has not been read, a guess that its job corrects."""
+    if form == V1:
+        return batch_rows.COMPLETIONS
+    if asked.content is None:
+        return batch_rows.CHAT
+    return batch_rows.path_of(next(batch_rows.bodies(asked.content, form)))
 
 
 def job_row(record: BatchRecord) -> Values:
