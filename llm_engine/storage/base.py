@@ -1,6 +1,9 @@
 """The storage seam: whole objects under keys, written once and read in pieces.
 
 A key is a relative path of plain names: "files/file-0198c0ffee", "batches/batch_01/parts/00007".
+`is_key` says which ones there are. A key is never the beginning of another one's path: where "a"
+is, "a/b" is not (a folder could not hold both).
+
 An object is there with all of its bytes or not at all: what is being written is invisible until its
 writer has ended well, and replaces what was there before in one step. Nothing is appended to.
 
@@ -8,6 +11,7 @@ All methods block and may be called from any thread. They raise StorageUnavailab
 cannot be reached, or there is no room for more, after the retries that the backend does by itself.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -16,6 +20,22 @@ from dataclasses import dataclass
 from llm_engine.errors import LLMEngineError
 
 CHUNK = 2**20  # bytes; the largest piece that `read` gives
+
+#: Bytes; less than what S3 takes (1024), so that there is room for a prefix.
+_LONGEST_KEY, _LONGEST_NAME = 900, 255
+#: A folder keeps in the last one what is being written.
+UNFINISHED = ".unfinished"
+_NO_NAMES = ("", ".", "..", UNFINISHED)
+_UNFIT = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+
+
+def is_key(text: str) -> bool:
+    """Whether it means the same, and nothing else, to every file system and to S3."""
+    if _UNFIT.search(text) or len(text.encode()) > _LONGEST_KEY:
+        return False
+    return all(
+        name not in _NO_NAMES and len(name.encode()) <= _LONGEST_NAME for name in text.split("/")
+    )
 
 
 class NoSuchObject(LLMEngineError):
