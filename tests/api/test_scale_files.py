@@ -1,13 +1,9 @@
 """Scale's File.*, driven by its own client `llmengine`, and the same files in OpenAI's dialect."""
 
-import time
-
 import pytest
 
-from llm_engine import files
-from tests.api.test_files import KEY, form, http, kept, official
 from tests.api.test_llm_engine_dialect import import_client, use
-from tests.support.cluster import eventually
+from tests.support.files import KEY, clear, form, http, kept, official
 from tests.support.gateway import GatewayThread
 from tests.support.upstream import new_key
 
@@ -39,11 +35,7 @@ def scale(gateway, ann):
 @pytest.fixture(autouse=True)
 def fresh(gateway):
     yield
-    services = gateway.services
-    for file in services.store.files.page(None, limit=1000)[0]:
-        files.discard(services.storage, services.store, file.id)
-    files.sweep(services.storage, services.store, time.time())
-    eventually(lambda: kept(gateway) == [], 5, 0.05, "bytes are left")
+    clear(gateway)
 
 
 @pytest.mark.parametrize("mode", ["r", "rb"])

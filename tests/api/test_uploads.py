@@ -11,8 +11,7 @@ import pytest
 
 from llm_engine import files
 from llm_engine.store.uploads import GRACE_S
-from tests.api.test_files import KEY, LINE, a_file, form, http, kept, official, refused
-from tests.support.cluster import eventually
+from tests.support.files import KEY, LINE, a_file, clear, form, http, kept, official, refused
 from tests.support.gateway import GatewayThread
 from tests.support.upstream import new_key
 
@@ -54,9 +53,7 @@ def fresh(gateway):
     for upload in services.store.uploads.overdue(time.time() + 2 * 86400, 1000):
         services.store.uploads.cancel(upload.id)
         files.drop_parts(services.storage, upload.id)
-    for file in services.store.files.page(None, limit=1000)[0]:
-        files.discard(services.storage, services.store, file.id)
-    eventually(lambda: kept(gateway) == [], 5, 0.05, "bytes are left")
+    clear(gateway)
 
 
 def new(client, **changes):
