@@ -1,6 +1,7 @@
 """Scale's batches, asked by its real client at a real gateway. No job runs: where one would, the
 test does to the store what a job does."""
 
+import contextlib
 import json
 import time
 from datetime import datetime
@@ -14,9 +15,11 @@ from llm_engine.api.llm_engine_api.batch_rows import V1, V2
 from llm_engine.errors import InvalidRequest
 from llm_engine.records import BatchRecord, ModelRecord, Scope
 from llm_engine.statuses import BatchState
+from llm_engine.storage.opening import open_path
 from tests.api.test_batches import key_of
 from tests.api.test_llm_engine_dialect import import_client, use
 from tests.stores.making import batch
+from tests.support.batches import Bench
 from tests.support.gateway import GatewayThread, fake_endpoint
 
 ROOT = "sk-operator"
@@ -402,6 +405,58 @@ def test_all_of_it_needs_the_scope_files(served):
             client.post(f"{JOBS_V2}/x/actions/cancel", json={}),
         ]  # fmt: skip
     assert [answer.status_code for answer in answers] == [403] * len(answers)
+
+
+# -- with its job, as a real process
+
+
+def run(served: GatewayThread, job: str) -> BatchRecord:
+    with contextlib.closing(Bench(served.settings, [served.url])) as bench:
+        code, printed, record = bench.run(record_of(served, job))
+    assert (code, record.state) == (0, "completed"), printed
+    return record
+
+
+def output_of(served: GatewayThread, record: BatchRecord) -> list[dict[str, Any]]:
+    assert record.options.output_path is not None
+    storage, key = open_path(served.settings, record.options.output_path, owner=record.owner)
+    return orjson.loads(b"".join(storage.read(key)))
+
+
+def test_prompts_are_answered_in_v1s_form(scale, served):
+    record = run(served, make(scale, output_data_path="v1/out.json").job_id)
+    outputs = output_of(served, record)
+    parsed = [scale.data_types.CompletionOutput.parse_obj(each) for each in outputs]
+    assert [each.num_completion_tokens for each in parsed] == [3, 3]
+    assert (record.completed, record.usage.completion_tokens) == (2, 6)
+
+
+def test_items_by_path_are_answered_in_order_and_a_bad_one_is_an_error(scale, served):
+    path = served.data / "items.json"
+    asked = {"messages": [{"role": "user", "content": "a"}], "stream": True, "model": "x"}
+    items = [asked | {"max_tokens": tokens} for tokens in (1, 2, -5, 4)]
+    path.write_bytes(orjson.dumps(items))
+    out = str(served.data / "answers.json")
+    job = make(scale, input_data_path=str(path), output_data_path=out, use_v2=True)
+    record = run(served, job.job_id)
+    assert record.endpoint == CHAT
+    outputs = output_of(served, record)
+    assert [each.get("usage", {}).get("completion_tokens") for each in outputs] == [1, 2, None, 4]
+    assert outputs[2]["error"]["param"] == "max_tokens"
+    told = scale.Completion.get_batch_completion(job.job_id)["job"]
+    assert told["status"] == "completed"
+    assert told["request_counts"] == {"total": 4, "completed": 3, "failed": 1}
+
+
+def test_what_is_wrong_with_an_input_by_path_is_told(scale, served):
+    path = served.data / "wrong.json"
+    path.write_bytes(orjson.dumps([ITEM, {"prompt": None}]))
+    job = make(scale, input_data_path=str(path), use_v2=True)
+    with contextlib.closing(Bench(served.settings, [served.url])) as bench:
+        bench.run(record_of(served, job.job_id))
+    told = scale.Completion.get_batch_completion(job.job_id)["job"]
+    assert told["status"] == "failed" and "0.0.0b48" in told["status_reason"]
+    assert told["errors"][0]["param"] == "input[1]"
 
 
 # -- rows
