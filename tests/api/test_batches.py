@@ -1,6 +1,7 @@
 """OpenAI's batches, asked by OpenAI's real client at a real gateway. No job runs: where one would,
 the test does to the store and the storage what a job does."""
 
+import contextlib
 import json
 import time
 from typing import Any
@@ -15,6 +16,7 @@ from llm_engine.api.openai.batches import window_seconds
 from llm_engine.errors import NotFound
 from llm_engine.records import BatchRecord, ModelRecord, Scope, Usage
 from llm_engine.statuses import BatchState
+from tests.support.batches import Bench
 from tests.support.gateway import GatewayThread, fake_endpoint
 
 ROOT = "sk-operator"
@@ -160,6 +162,21 @@ def test_what_is_wrong_with_the_input_is_told_line_by_line(ann, served):
     seen = ann.batches.retrieve(made.id)
     assert seen.status == "failed" and seen.failed_at and seen.errors.object == "list"
     assert [error.to_dict() for error in seen.errors.data] == errors
+
+
+def test_a_file_becomes_results_with_the_job_as_a_real_process(ann, served):
+    file = ann.files.create(file=("rows.jsonl", rows(3)), purpose="batch")
+    made = ann.batches.create(**NEW | {"input_file_id": file.id})
+    with contextlib.closing(Bench(served.settings, [served.url])) as bench:
+        _, printed, _ = bench.run(served.services.store.batches.get(made.id))
+    ended = ann.batches.retrieve(made.id)
+    assert (ended.status, ended.model, ended.error_file_id) == ("completed", "fake", None), printed
+    assert ended.request_counts.to_dict() == {"total": 3, "completed": 3, "failed": 0}
+    lines = [json.loads(line) for line in ann.files.content(ended.output_file_id).text.splitlines()]
+    assert [line["custom_id"] for line in lines] == ["r0", "r1", "r2"]
+    assert [line["id"] for line in lines] == [row_id(made.id, row) for row in range(3)]
+    generated = sum(line["response"]["body"]["usage"]["completion_tokens"] for line in lines)
+    assert ended.usage.output_tokens == generated > 0
 
 
 # -- create
