@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from llm_engine.batches.lease import Lease
 from llm_engine.batches.outcomes import Finished
 from llm_engine.batches.patience import patiently
-from llm_engine.errors import LeaseLost, StorageUnavailable
+from llm_engine.errors import LeaseLost, NotFound, StorageUnavailable
 from llm_engine.records import BatchPart, Usage
 from llm_engine.storage.base import Storage
+from llm_engine.store.sql import Store
 
 #: A part is written when so large a share of the rows, so many bytes, or so old a row waits for it:
 #: whatever kills the job costs less than a hundredth of the batch, and parts stay few.
@@ -28,6 +29,26 @@ MOST_WAITING_BYTES = 64 * 2**20
 def folder_of(batch: str) -> str:
     """Where the parts of a batch lie in the storage."""
     return f"batches/{batch}/parts/"
+
+
+def sweep(store: Store, storage: Storage) -> int:
+    """Blocking, once in a while: deletes parts of batches that have ended, whose job was killed
+    before it could. How many."""
+    ended: dict[str, bool] = {}
+    swept = 0
+    for each in storage.list("batches/"):
+        batch, _, rest = each.key.removeprefix("batches/").partition("/")
+        if not rest.startswith("parts/"):
+            continue
+        if batch not in ended:
+            try:
+                ended[batch] = store.batches.get(batch).state.is_final
+            except NotFound:
+                ended[batch] = True
+        if ended[batch]:
+            storage.delete(each.key)
+            swept += 1
+    return swept
 
 
 class Parts:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from llm_engine import files
 from llm_engine.config import Settings, dump
@@ -17,6 +17,7 @@ from llm_engine.statuses import BatchState
 from llm_engine.storage.opening import open_storage
 from llm_engine.store.sql import Store
 
+Job = subprocess.Popen[str]
 CHAT = "/v1/chat/completions"
 ROOT = Path(__file__).parents[2]
 
@@ -73,7 +74,7 @@ class Bench:
     def get(self, batch: BatchRecord) -> BatchRecord:
         return self.store.batches.get(batch.id)
 
-    def start(self, batch: BatchRecord) -> subprocess.Popen[str]:
+    def start(self, batch: BatchRecord, log: IO[str] | int = subprocess.PIPE) -> Job:
         told = {
             "settings": dump(self.settings, reveal=True) | {"endpoints": []},
             "gateways": self.gateways,
@@ -82,7 +83,7 @@ class Bench:
             [sys.executable, "-m", "jobs.batch", batch.id],
             env=os.environ | {"LLM_ENGINE_JOB": json.dumps(told), "PYTHONUNBUFFERED": "1"},
             cwd=ROOT,
-            stdout=subprocess.PIPE,
+            stdout=log,
             stderr=subprocess.STDOUT,
             text=True,
         )

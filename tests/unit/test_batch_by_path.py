@@ -1,0 +1,67 @@
+"""Batches whose requests lie under a path, in any of Scale's forms, and whose results go to one."""
+
+import json
+
+import pytest
+
+from llm_engine.batches.by_path import array_of, lines_of, read_items
+from llm_engine.batches.outcomes import failure
+from llm_engine.batches.results import Spool
+from llm_engine.errors import InvalidRequest
+from tests.support.batches import batch_record
+
+V1 = {"prompts": ["a", "b"], "max_new_tokens": 4, "temperature": 0.5}
+
+
+def items(data, size=7):
+    return list(read_items(data[at : at + size] for at in range(0, len(data), size)))
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b'[{"a": 1.5}, {"a": [2]}]',
+        b'\xef\xbb\xbf \n[\n{"a": 1.5},\n{"a": [2]}\n]\n',
+        b'{"a": 1.5}\n{"a": [2]}\n',
+        b'{"a": 1.5}\r\n\r\n{"a": [2]}',
+    ],
+)
+def test_an_array_and_lines_are_the_same(data):
+    assert items(data) == [{"a": 1.5}, {"a": [2]}]
+
+
+def test_an_object_may_lie_on_one_line_or_on_many():
+    for indent in (None, 2):
+        assert items(json.dumps(V1, indent=indent).encode()) == [V1]
+
+
+@pytest.mark.parametrize("data", [b"", b" \n", b"[]"])
+def test_nothing_is_no_item(data):
+    assert items(data) == []
+
+
+@pytest.mark.parametrize("data", [b"[{", b"[1 2]", b"{]", b'{"a": 1}\noops\n', b"\x00"])
+def test_what_is_no_json_is_refused(data):
+    with pytest.raises(InvalidRequest) as refused:
+        items(data)
+    assert (refused.value.param, refused.value.code) == ("input_data_path", "invalid_json")
+
+
+def test_items_become_rows_for_the_batchs_model():
+    record = batch_record(model="m", dialect="llm_engine")
+    chat = {"messages": [{"role": "user", "content": "hi"}], "stream": True, "model": "other"}
+    (first,) = map(json.loads, lines_of(record, [chat]))
+    assert first["url"] == "/v1/chat/completions" and first["custom_id"] == "0"
+    assert first["body"]["model"] == "m" and "stream" not in first["body"]
+    rows = [json.loads(line) for line in lines_of(record, [V1])]
+    assert [r["body"]["prompt"] for r in rows] == ["a", "b"]
+    assert [r["custom_id"] for r in rows] == ["0", "1"]
+
+
+def test_results_are_an_array_in_the_inputs_order():
+    with Spool(3) as spool:
+        for number in (2, 0, 1):
+            line = failure("batch_ab", number, str(number), "c", f"end {number}").line
+            spool.add(number, line, failed=True)
+        told = json.loads(b"".join(array_of(batch_record(), spool)))
+    assert [each["error"]["message"] for each in told] == ["end 0", "end 1", "end 2"]
