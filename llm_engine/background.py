@@ -11,10 +11,9 @@ from llm_engine.records import EndpointStatus, ReplicaReport
 #: Of batches; everybody else's is 0, and a lower number comes first. Deadlines lower it, to 1.
 PRIORITY = 10
 URGENT = 1
-#: What an idle replica is given at first, and how fast that grows while nothing waits in it.
-FIRST, GROWTH = 16, 1.5
-#: Of the requests that a replica runs: so many more may wait, so that it never runs dry.
-SPARE = 0.125
+#: Of the requests that a replica runs: so many more may wait, so that it never runs dry and shows
+#: whether it could run them, too; and how many at least.
+SPARE, FEWEST = 0.5, 16
 #: While others are asking, batches leave this share of an engine's usual load to them.
 RESERVED = 0.5
 
@@ -38,8 +37,4 @@ def room(
     if ready < endpoint.max_replicas:
         return max(1, usual)  # more would start replicas for work that nobody waits for
     running = sum(report.load.running for report in replicas)
-    waiting = sum(report.load.waiting for report in replicas)
-    if waiting > SPARE * running:
-        return max(1, running)
-    grown = max(FIRST * ready, int(running * GROWTH) + 1)
-    return min(grown, ready * endpoint.max_queue // 2)
+    return min(running + max(FEWEST * ready, int(running * SPARE)), ready * endpoint.max_queue // 2)
