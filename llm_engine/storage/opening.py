@@ -41,15 +41,18 @@ def open_path(
     return open_storage(settings), key
 
 
+# Where everybody's files lie is no client's, however wide the places around it that are allowed;
+# only a place within that the operator has named by itself is.
+
+
 def _in_bucket(settings: Settings, path: str, param: str | None) -> tuple[Storage, str]:
     if not is_key(path.removeprefix(S3)):
         raise _no_path(path, param)
-    own = settings.storage_url.rstrip("/")
-    for allowed in (each.rstrip("/") for each in settings.batches.data_paths):
-        if allowed.startswith(S3) and path.startswith(f"{allowed}/"):
-            if path.startswith(f"{own}/"):
-                break  # where everybody's files lie
-            return _s3(allowed, settings.storage), path.removeprefix(f"{allowed}/")
+    own = settings.storage_url.rstrip("/") + "/"
+    for allowed in (each.rstrip("/") + "/" for each in settings.batches.data_paths):
+        named_within = allowed.startswith(own) and allowed != own
+        if path.startswith(allowed) and (named_within or not path.startswith(own)):
+            return _s3(allowed, settings.storage), path.removeprefix(allowed)
     raise _not_allowed(path, param)
 
 
@@ -57,16 +60,15 @@ def _in_folder(settings: Settings, path: str, param: str | None) -> tuple[Storag
     if not is_key(path.removeprefix("/")):
         raise _no_path(path, param)
     target = Path(path).resolve()  # where it really leads
-    own = [settings.cluster.state_dir]
+    own = [settings.cluster.state_dir.resolve()]
     if not settings.storage_url.startswith(S3):
-        own.append(Path(settings.storage_url))
+        own.append(Path(settings.storage_url).resolve())
     for allowed in settings.batches.data_paths:
         folder = Path(allowed).expanduser().resolve()
         if allowed.startswith(S3) or folder not in target.parents:
             continue
-        if any(target.is_relative_to(each.resolve()) for each in own):
-            break  # where everybody's files lie
-        return LocalStorage(folder, private=False), target.relative_to(folder).as_posix()
+        if all(each in folder.parents or not target.is_relative_to(each) for each in own):
+            return LocalStorage(folder, private=False), target.relative_to(folder).as_posix()
     raise _not_allowed(path, param)
 
 

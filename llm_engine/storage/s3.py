@@ -223,6 +223,12 @@ class S3Storage(Storage):
                 f"({type(error).__name__}).",
                 retry_after=RETRY_AFTER_S,
             ) from error
+        except RecursionError:
+            # boto3 asks the server that redirects where to go, and is redirected, and asks.
+            raise _Misconfigured(
+                f"The storage {self.shown} cannot be used: {self._where} redirects without end. "
+                "Operators: correct storage.s3_endpoint_url, http or https included."
+            ) from None
         except BotoCoreError as error:
             raise _Misconfigured(
                 f"The storage {self.shown} cannot be used ({type(error).__name__})."
