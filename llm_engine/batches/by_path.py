@@ -21,7 +21,7 @@ from llm_engine.storage.opening import open_path
 from llm_engine.store.sql import Store
 
 #: A path that a client has named may never work: it gets less patience than what is ours.
-PATIENCE_S = 20.0
+OUTPUT_PATIENCE_S = 60.0
 #: Nobody knows the file's id, so nobody will delete it.
 INPUT_EXPIRES_S = 30 * 86400
 _INPUT, _OUTPUT = "input_data_path", "output_data_path"
@@ -61,7 +61,7 @@ async def deliver(
         write(target, key, array_of(record, spool), lambda: None)
 
     try:
-        await patiently(deliver, patience_s=PATIENCE_S)
+        await patiently(deliver, patience_s=OUTPUT_PATIENCE_S)
     except APIError as error:
         message = f"The results could not be written to '{path}': {error.message}"
         return problem("output_path_unwritable", message, _OUTPUT)
@@ -108,7 +108,7 @@ async def _bring(settings: Settings, store: Store, storage: Storage, lease: Leas
         size = write(storage, target, chain([first], lines), lease.check)
         return size, orjson.loads(first)["url"] if first else None
 
-    size, endpoint = await patiently(copy, patience_s=PATIENCE_S)
+    size, endpoint = await patiently(copy)
     if endpoint is not None:
         await lease.note(endpoint=endpoint)  # nobody could know before
     file = new_record(

@@ -133,6 +133,7 @@ class Job:
             refused = await by_path.bring(self._settings, self._store, self._storage, self._lease)
             if refused is not None:
                 return await self._fail(refused)
+            record = self._lease.record  # it is known by now which endpoint its rows are for
         file = await self._input()
         if file is None:
             return await self._fail(_no_file(record))

@@ -50,7 +50,7 @@ class Progress:
         share = 100 * done // max(1, record.total)
         parts = [
             f"{record.id} {done:,}/{record.total:,} rows ({share} %)",
-            f"{self.rows_per_s:,.3g} rows/s",
+            f"{self.rows_per_s:,.{0 if self.rows_per_s >= 10 else 2}f} rows/s",
             f"{self.tokens_per_s:,.0f} tokens/s",
         ]
         if record.failed:

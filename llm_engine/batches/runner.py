@@ -67,6 +67,7 @@ class _Request:
     body: bytes
     attempts: int = 0  # that may have been the row's fault
     waits: int = 0  # that were not
+    answered: int = 0  # rows of the batch, at the last time that nobody could answer this one
 
     @classmethod
     def of(cls, row: Row, engine: str | None) -> "_Request":
@@ -116,6 +117,7 @@ class Runner:
         self._tickets = tickets
         self._parts = parts
         self._progress = progress
+        self._answered = 0  # rows
         self._tasks = 0
         self._held = 0  # bytes of requests
         self._ended = asyncio.Event()
@@ -240,7 +242,7 @@ class Runner:
 
     def _heard(self, request: _Request, answer: Answer) -> Finished | float:
         verdict, body = judge(answer)
-        if verdict is Verdict.AWAY:
+        if verdict is Verdict.AWAY and not self._is_poison(request):
             return self._away(request, _message(body), answer.retry_after_s)
         if verdict is Verdict.BUSY:
             self.pace.refused()
@@ -252,12 +254,20 @@ class Runner:
             request.attempts += 1
             if request.attempts < self._max_attempts:
                 return backoff(request.attempts)
-        else:
+        elif verdict is not Verdict.AWAY:
             self.pace.answered(answer.room)
+            self._answered += 1
             self.waiting_for = None
         return outcomes.result(
             self._batch.id, request.row, request.custom_id, answer, body, request.model
         )
+
+    def _is_poison(self, request: _Request) -> bool:
+        """Others are answered, and this one never: it may be what kills the engines."""
+        if self._answered > request.answered:
+            request.attempts += request.waits > 0
+            request.answered = self._answered
+        return request.attempts >= self._max_attempts
 
     def _away(self, request: _Request, reason: str, advice_s: float | None) -> float:
         """All rows wait, for none would fare better."""

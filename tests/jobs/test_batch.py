@@ -9,10 +9,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from llm_engine.config import EndpointSettings
 from llm_engine.ids import new_id
 from llm_engine.records import Usage
-from llm_engine.statuses import BatchState, EndpointState
+from llm_engine.statuses import BatchState
 from tests.support.batches import Bench, batch_record, jsonl, row
 from tests.support.cluster import eventually
 from tests.support.gateway import GatewayThread, fake_endpoint
@@ -183,6 +182,7 @@ def test_a_batch_that_is_cancelled_before_it_begins_has_no_results(bench):
     assert (code, record.state, record.output_file_id) == (0, BatchState.CANCELLED, None)
 
 
+@pytest.mark.slow
 def test_when_the_window_closes_unfinished_rows_become_errors(bench):
     rows = [row(i, model="slow", max_tokens=30) for i in range(1500)]
     batch = bench.batch(rows, window_s=6.0)
@@ -236,7 +236,7 @@ def test_a_batch_that_somebody_works_on_or_that_has_ended_is_left_alone(bench):
         assert "nothing to do" in job.communicate(timeout=20)[0] and job.returncode == 0
 
 
-def test_a_zombie_stops_and_writes_nothing(bench):
+def test_what_a_zombie_does_counts_for_nothing(bench):
     batch = bench.batch([row(i, model="slow") for i in range(200)])
     with bench.start(batch) as zombie:
         eventually(lambda: bench.get(batch).completed > 5, 30, 0.05, "no progress")
@@ -248,8 +248,23 @@ def test_a_zombie_stops_and_writes_nothing(bench):
     assert zombie.returncode == 0 and "another process" in printed
     record = bench.get(batch)
     assert (record.worker, record.completed) == ("another", before.completed)
-    known = [part.key for part in bench.store.batches.parts(batch.id)]
-    assert sorted(parts_of(bench, batch)) == sorted(known)
+    bench.store.batches.release(record, "it was none")
+    code, _, record = bench.run(batch)
+    assert (code, record.state, record.completed) == (0, BatchState.COMPLETED, 200)
+    assert len(bench.results(batch)[0]) == 200 and parts_of(bench, batch) == []
+
+
+@pytest.mark.slow
+def test_a_store_that_is_away_for_longer_than_a_lease_is_waited_out(bench):
+    batch = bench.batch([row(i, model="slow") for i in range(300)])
+
+    def lock(_):
+        with bench.store.database.writing():
+            time.sleep(8)  # longer than SQLite waits for a lock
+
+    code, printed, record = run_until(bench, batch, 5, lock)
+    assert (code, record.state, record.completed) == (0, BatchState.COMPLETED, 300), printed
+    assert record.starts == 1
 
 
 def test_a_job_without_settings_says_so(bench):
@@ -265,68 +280,6 @@ def test_a_job_brings_nothing_heavy_along():
     done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True)
     heavy = {"ray", "pandas", "numpy", "fastapi", "boto3", "aiohttp", "httpx", "torch", "vllm"}
     assert not heavy & set(done.stdout.split())
-
-
-# -- engines of its own
-
-
-def own(bench, **engine):
-    options = {"own_engine": {"model": "none", "engine": "fake"} | engine}
-    return bench.batch([row(i, model="their-name") for i in range(10)], options=options)
-
-
-def settle(bench, batch, state, reason=None):
-    def made():
-        return any(e.name == batch.id for e in bench.store.endpoints.all())
-
-    eventually(made, 20, 0.05, "no endpoint was made")
-    endpoint = bench.store.endpoints.get(batch.id)
-    assert endpoint.origin == "batch" and not EndpointSettings(**endpoint.spec).public
-    bench.store.endpoints.observe(endpoint, state, reason, True, None)
-
-
-def test_a_batch_with_engines_of_its_own_waits_for_them_and_removes_them():
-    """The gateway stands in for the controller: it serves the batch's endpoint from the start."""
-    name = new_id("batch")
-    with GatewayThread([fake_endpoint(name)]) as gateway:
-        bench = Bench(gateway.settings, [gateway.url])
-        options = {"own_engine": {"model": "none", "engine": "fake"}}
-        rows = [row(i, model="their-name") for i in range(10)]
-        batch = bench.batch(rows, id=name, options=options)
-        with bench.start(batch) as job:
-            eventually(
-                lambda: "is starting" in (bench.get(batch).reason or ""), 20, 0.05, "no reason"
-            )
-            settle(bench, batch, EndpointState.READY)
-            assert job.wait(30) == 0
-        record = bench.get(batch)
-        assert (record.state, record.completed, record.reason) == ("completed", 10, None)
-        bodies = [line["response"]["body"] for line in bench.results(batch)[0]]
-        assert {body["model"] for body in bodies} == {"their-name"}
-        endpoint = bench.store.endpoints.get(name)
-        assert endpoint.state is EndpointState.DELETE_IN_PROGRESS
-        bench.close()
-
-
-def test_engines_that_cannot_start_fail_the_batch_with_their_reason(bench):
-    batch = own(bench)
-    with bench.start(batch) as job:
-        settle(bench, batch, EndpointState.UPDATE_FAILED, "needs 4 GPUs, the cluster has 2")
-        assert job.wait(30) == 0
-    record = bench.get(batch)
-    assert record.state is BatchState.FAILED and "needs 4 GPUs" in record.reason
-    assert [error["code"] for error in record.errors] == ["model_unavailable"]
-    assert bench.store.endpoints.get(batch.id).state is EndpointState.DELETE_IN_PROGRESS
-
-
-def test_a_cancelled_batch_waits_for_no_engine(bench):
-    batch = own(bench)
-    with bench.start(batch) as job:
-        settle(bench, batch, EndpointState.UPDATE_IN_PROGRESS)
-        bench.store.batches.ask_cancel(batch.id)
-        assert job.wait(30) == 0
-    assert bench.get(batch).state is BatchState.CANCELLED
-    assert bench.store.endpoints.get(batch.id).state is EndpointState.DELETE_IN_PROGRESS
 
 
 # -- answers that fail: a server that fails as it is told stands in for the gateway
@@ -370,6 +323,7 @@ def test_what_passes_is_tried_again(broken, first):
     assert len([asked for asked in server.asked if asked.body]) == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("first", "status"), [(failing(500), 500), (cut, None)])
 def test_what_does_not_pass_is_tried_so_often_and_then_told(broken, first, status):
     bench, server = broken
@@ -383,6 +337,22 @@ def test_what_does_not_pass_is_tried_so_often_and_then_told(broken, first, statu
         assert line["response"] is None and "Tried 5 times" in line["error"]["message"]
     else:
         assert line["response"]["status_code"] == status and line["error"] is None
+
+
+@pytest.mark.slow
+def test_a_row_that_kills_engines_is_given_up_and_the_others_are_not(broken):
+    bench, server = broken
+
+    async def behave(asked, send):
+        poison = asked.body.get("seed") == 3
+        await (failing(503) if poison else sometimes(first=cut, count=0))(asked, send)
+
+    server.behave = behave
+    batch = bench.batch([row(i) for i in range(400)])
+    code, printed, record = bench.run(batch, timeout_s=120)
+    assert (code, record.completed, record.failed) == (0, 399, 1), printed
+    (line,) = bench.results(batch)[1]
+    assert line["custom_id"] == "row-3" and line["response"]["status_code"] == 503
 
 
 def test_while_a_model_is_away_the_batch_says_what_it_waits_for(broken):

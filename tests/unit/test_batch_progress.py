@@ -37,6 +37,6 @@ def test_before_the_first_row_nothing_is_promised():
     progress = Progress()
     record = batch_record(id="batch_1", total=5, reason="the model is starting")
     assert progress.line(record) == (
-        "batch_1 0/5 rows (0 %), 0 rows/s, 0 tokens/s, waiting: the model is starting"
+        "batch_1 0/5 rows (0 %), 0.00 rows/s, 0 tokens/s, waiting: the model is starting"
     )
     assert "eta_s" not in progress.plain(record, 0)
