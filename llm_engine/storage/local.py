@@ -212,7 +212,10 @@ class _FileWriter(Writer):
 
 
 def _make_folder(folder: Path, private: bool) -> None:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700 if private else 0o777)
+    if not folder.is_dir():
+        if not folder.parent.exists():
+            _make_folder(folder.parent, private)  # `parents=True` would let everybody in there
+        folder.mkdir(exist_ok=True, mode=0o700 if private else 0o777)
 
 
 def _unless_gone(error: OSError) -> None:

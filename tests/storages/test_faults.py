@@ -352,6 +352,13 @@ def test_a_folder_that_may_not_be_written(tmp_path):
             storage.put("a", b"x")
 
 
+def test_nobody_else_looks_into_what_is_made(tmp_path):
+    LocalStorage(tmp_path / "a" / "storage").put("files/1", b"x")
+    made = [path for path in (tmp_path / "a").rglob("*")]
+    assert len(made) == 4
+    assert [path.name for path in [tmp_path / "a", *made] if path.stat().st_mode & 0o077] == []
+
+
 def test_what_the_dead_have_left_goes_in_time(tmp_path):
     storage = LocalStorage(tmp_path)
     with storage.writer("a") as writer:

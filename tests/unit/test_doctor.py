@@ -292,6 +292,21 @@ def test_disk_and_shared_memory(tmp_path, monkeypatch):
     assert doctor_host.check_shared_memory(some).warned
 
 
+def test_a_storage_that_can_be_written_and_one_that_cannot(tmp_path):
+    finding = doctor_host.check_storage(settings(tmp_path, FAKE))
+    assert finding.verdict is Verdict.OK and "state/storage can be written" in finding.detail
+    (tmp_path / "file").touch()
+    elsewhere = str(tmp_path / "file" / "below")
+    finding = doctor_host.check_storage(config.parse({"storage": {"url": elsewhere}}, {}))
+    assert finding.failed and f"{elsewhere} cannot be written: Not a directory" in finding.detail
+    nobody = {"url": "s3://bucket", "s3_endpoint_url": f"http://127.0.0.1:{free_port()}"}
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("AWS_ACCESS_KEY_ID", "a")
+        environment.setenv("AWS_SECRET_ACCESS_KEY", "b")
+        finding = doctor_host.check_storage(config.parse({"storage": nobody}, {}))
+    assert finding.failed and "s3://bucket cannot be reached now" in finding.detail
+
+
 def test_a_state_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").touch()
     [finding] = doctor_host.check_state_dir(
