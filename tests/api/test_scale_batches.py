@@ -431,15 +431,21 @@ def test_prompts_are_answered_in_v1s_form(scale, served):
     assert (record.completed, record.usage.completion_tokens) == (2, 6)
 
 
-def test_items_by_path_are_answered_in_order_and_a_bad_one_is_an_error(scale, served):
+@pytest.mark.parametrize(
+    ("asked", "endpoint"),
+    [({"prompt": "a"}, COMPLETIONS), ({"messages": [{"role": "user", "content": "a"}]}, CHAT)],
+)
+def test_items_by_path_are_answered_in_order_and_a_bad_one_is_an_error(
+    scale, served, asked, endpoint
+):
     path = served.data / "items.json"
-    asked = {"messages": [{"role": "user", "content": "a"}], "stream": True, "model": "x"}
+    asked = asked | {"stream": True, "model": "x"}
     items = [asked | {"max_tokens": tokens} for tokens in (1, 2, -5, 4)]
     path.write_bytes(orjson.dumps(items))
     out = str(served.data / "answers.json")
     job = make(scale, input_data_path=str(path), output_data_path=out, use_v2=True)
     record = run(served, job.job_id)
-    assert record.endpoint == CHAT
+    assert record.endpoint == endpoint
     outputs = output_of(served, record)
     assert [each.get("usage", {}).get("completion_tokens") for each in outputs] == [1, 2, None, 4]
     assert outputs[2]["error"]["param"] == "max_tokens"
