@@ -278,7 +278,7 @@ async def measure_memory(folder: Path, console: Console) -> dict[str, Any]:
     largest: dict[str, float] = {}
     async with System(FAKE, folder) as system:
         for count in (1_000, 50_000):
-            path = system.write(rows(count, 16, padding=4096))
+            path = system.write(rows(count, 16, padding=3900))
             batch = await system.submit(path)
             sizes = [0.0]
             while (row := await system.batch(batch))["status"] not in ENDED:

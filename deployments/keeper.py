@@ -7,6 +7,7 @@ moment, the next one goes on from there.
 import asyncio
 import contextlib
 import logging
+import math
 import time
 from typing import Any
 
@@ -16,9 +17,10 @@ from ray import serve
 from deployments import replica
 from jobs.launcher import Launcher, LaunchError
 from llm_engine import files
+from llm_engine.batches import parts
 from llm_engine.batches.keeping import Deed, Seen, decide
 from llm_engine.config import Settings
-from llm_engine.errors import APIError, LLMEngineError
+from llm_engine.errors import APIError, LLMEngineError, StorageUnavailable
 from llm_engine.records import BatchRecord
 from llm_engine.statuses import BatchState, EndpointState
 from llm_engine.storage.opening import open_storage
@@ -31,6 +33,7 @@ logger = logging.getLogger("ray.serve")
 HURRIED_S, BUSY_S, QUIET_S = 0.1, 1.0, 15.0
 #: Between two rounds of cleaning up.
 SWEEP_S = 60.0
+PARTS_SWEEP_S = 6 * 3600.0  # it lists every batch's folder
 MOST_NAMES = 1_000
 
 
@@ -47,6 +50,7 @@ class JobKeeper:
         self._running_since: dict[str, float] = {}  # a job's
         self._unclaimed: dict[str, tuple[int, int]] = {}  # a batch's `starts`, jobs since then
         self._swept_at = time.monotonic()
+        self._parts_swept_at = -math.inf
         self._hurry = asyncio.Event()
         self._loop = asyncio.get_event_loop().create_task(self._run())
 
@@ -74,8 +78,11 @@ class JobKeeper:
     def _look(self) -> float:
         """One look at everything. Returns how many seconds there are until the next."""
         if time.monotonic() - self._swept_at > SWEEP_S:
-            self._sweep()
             self._swept_at = time.monotonic()
+            try:
+                self._sweep()
+            except StorageUnavailable as error:  # batches are looked after all the same
+                logger.warning("cleaning up: %s", error)
         batches = self._store.batches.open()
         jobs = {batch.id: self._see(batch) for batch in batches}
         limits = self._limits
@@ -118,8 +125,8 @@ class JobKeeper:
                 cancelled = batch.state is BatchState.CANCELLING
                 to = BatchState.CANCELLED if cancelled else BatchState.EXPIRED
                 self._store.batches.end(batch, to)
-            case Deed.GIVE_UP:
-                self._give_up(batch, job)
+            case Deed.CONCLUDE | Deed.GIVE_UP:
+                self._give_up(batch, job, deed)
             case Deed.NOTHING:
                 self._explain(batch, job)
 
@@ -164,14 +171,18 @@ class JobKeeper:
                 return name
         return batch.id
 
-    def _give_up(self, batch: BatchRecord, job: Seen | None) -> None:
+    def _give_up(self, batch: BatchRecord, job: Seen | None, deed: Deed) -> None:
         how = job.message if job is not None and job.message else "Ray does not know why"
         reason = (
-            f"{batch.idle_starts} jobs in a row ended before one request was finished "
-            f"(batches.max_idle_starts); the last one: {how}"
+            f"{batch.idle_starts + self._unclaimed_jobs(batch)} jobs in a row ended before one "
+            f"more request was finished (batches.max_idle_starts); the last one: {how}"
         )
         error = {"code": "job_failed", "message": reason, "param": None, "line": None}
-        self._store.batches.end(batch, BatchState.FAILED, reason=reason, errors=[error])
+        self._unclaimed.pop(batch.id, None)
+        if deed is Deed.CONCLUDE:
+            self._store.batches.conclude(batch, reason=reason, errors=[error])
+        else:
+            self._store.batches.end(batch, BatchState.FAILED, reason=reason, errors=[error])
         logger.error("%s: %s", batch.id, reason)
 
     def _explain(self, batch: BatchRecord, job: Seen | None) -> None:
@@ -189,10 +200,13 @@ class JobKeeper:
             self._store.batches.say(batch, reason)
 
     def _sweep(self) -> None:
-        """What has expired, and engines that outlived the batch that they were for."""
+        """What has expired, and parts and engines that outlived the batch that they were for."""
         gone = files.sweep(self._storage, self._store, time.time())
         if gone:
             logger.info("%s expired files and uploads are gone", gone)
+        if time.monotonic() - self._parts_swept_at > PARTS_SWEEP_S:
+            parts.sweep(self._store, self._storage)
+            self._parts_swept_at = time.monotonic()
         for endpoint in self._store.endpoints.all():
             leaving = endpoint.state is EndpointState.DELETE_IN_PROGRESS
             if endpoint.origin != "batch" or leaving:

@@ -56,6 +56,7 @@ class Conclusion:
                 name, expires_s = f"{record.id}_{kind}.jsonl", record.options.output_expires_after_s
                 results.append(new_record(file, record.owner, PURPOSE, name, size, expires_s))
         values: dict[str, Any] = {**names, "completed": spool.completed, "failed": spool.failed}
+        values["reason"] = record.errors[0]["message"] if record.errors else None
         outcome = record.outcome or "completed"
         if record.options.output_path is not None and outcome != "cancelled":
             from llm_engine.batches import by_path  # late: it brings a whole dialect along

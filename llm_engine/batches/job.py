@@ -18,7 +18,7 @@ from llm_engine.batches.rows import read_rows
 from llm_engine.batches.runner import GRACE_S, Runner, Stop, Tickets
 from llm_engine.batches.validation import Check, Problem, problem
 from llm_engine.config import Settings
-from llm_engine.errors import NotFound, StoreUnavailable
+from llm_engine.errors import LLMEngineError, NotFound, StorageUnavailable, StoreUnavailable
 from llm_engine.records import BatchRecord, FileRecord
 from llm_engine.signing import Signer
 from llm_engine.statuses import BatchState
@@ -72,6 +72,10 @@ class Job:
             done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             for task in done:
                 await task
+        except StorageUnavailable as away:
+            with contextlib.suppress(LLMEngineError):
+                await self._lease.leave(f"its storage is away: {away}")
+            raise
         finally:
             for task in tasks:
                 task.cancel()

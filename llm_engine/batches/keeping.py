@@ -18,6 +18,7 @@ class Deed(StrEnum):
     RELEASE = "release"  # its worker is dead: the lease ends now
     STOP = "stop"  # its job, which does not do anything
     END = "end"  # without a job, as there is nothing to put together
+    CONCLUDE = "conclude"  # jobs die without getting any further: what is finished is the result
     GIVE_UP = "give up"  # jobs die without getting anywhere
 
 
@@ -59,7 +60,8 @@ def decide(
             hangs = job.running and job.running_for_s > CLAIM_LEASES * lease_s
             deeds[batch.id] = Deed.STOP if hangs else Deed.NOTHING
         elif batch.idle_starts + unclaimed.get(batch.id, 0) >= max_idle_starts:
-            deeds[batch.id] = Deed.GIVE_UP
+            any_rows = batch.state is BatchState.IN_PROGRESS and batch.completed + batch.failed
+            deeds[batch.id] = Deed.CONCLUDE if any_rows else Deed.GIVE_UP
         elif _is_empty(batch, now):
             deeds[batch.id] = Deed.END
         else:

@@ -25,6 +25,7 @@ class Lease:
         self.tag = secrets.token_hex(4)  # of this process, in the names of what it writes
         self.worker = f"{socket.gethostname()[:50]}:{os.getpid()}:{self.tag}"
         self.cancelled = asyncio.Event()
+        self._ending = asyncio.Lock()  # a beat that comes just after the end finds no lease
         self._batches = store.batches
         self._files = store.files
         self._lease_s = lease_s
@@ -45,10 +46,12 @@ class Lease:
         self._saw(await patiently(self._batches.beat, self.record, self._lease_s, progress))
 
     async def keep(self, progress: Callable[[], dict[str, float]]) -> None:
-        """For ever."""
+        """For ever; in silence once the batch has ended."""
         while True:
             await asyncio.sleep(self._lease_s / BEATS_A_LEASE)
-            await self.beat(progress())
+            async with self._ending:
+                if not self.record.state.is_final:
+                    await self.beat(progress())
 
     def check(self) -> None:
         """Blocking; for the thread that is about to put a result in its place."""
@@ -84,7 +87,12 @@ class Lease:
             again = True
             return self._batches.finish(self.record, to, results, **values)
 
-        self._saw(await patiently(finish))
+        async with self._ending:
+            self._saw(await patiently(finish))
+
+    async def leave(self, reason: str) -> None:
+        """For no fault of the batch's or the job's."""
+        await asyncio.to_thread(self._batches.leave, self.record, reason)
 
     def _is_kept(self, result: FileRecord) -> bool:
         try:

@@ -15,12 +15,12 @@ _FIRST_S, _LONGEST_S = 0.2, 5.0
 
 
 async def patiently(
-    call: Callable[..., Result], *args: Any, patience_s: float = PATIENCE_S
+    call: Callable[..., Result], *args: Any, patience_s: float | None = None
 ) -> Result:
     """What the blocking `call` gives, however often it must be tried. Raises StoreUnavailable or
-    StorageUnavailable after `patience_s`."""
+    StorageUnavailable after `patience_s`, by default PATIENCE_S."""
     loop = asyncio.get_running_loop()
-    ends = loop.time() + patience_s
+    ends = loop.time() + (PATIENCE_S if patience_s is None else patience_s)
     pause = _FIRST_S
     while True:
         try:

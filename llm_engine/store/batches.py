@@ -201,10 +201,18 @@ class Batches:
                 to = BatchState.CANCELLED
             for result in results:
                 files.insert(connection, result)
-            connection.execute(
-                tables.batch_parts.delete().where(tables.batch_parts.c.batch == record.id)
-            )
-            return _move(connection, found, to, worker=None, lease_until=0.0, **values)
+            return _end(connection, found, to, **values)
+
+    def leave(self, record: BatchRecord, reason: str) -> None:
+        """As its worker: another may claim it, and has as many tries as this one had, unless its
+        time is over. Raises LeaseLost."""
+        values: dict[str, Any] = {"worker": None, "lease_until": 0.0, "reason": reason}
+        with self._database.writing() as connection:
+            found = _held(connection, record)
+            if found.expires_at > time.time():
+                values["idle_starts"] = max(0, found.idle_starts - 1)
+            journal.note(connection, record.id, "batch.interrupted", reason)
+            _update(connection, found, values)
 
     # -- what the keeper of all batches does
 
@@ -232,10 +240,18 @@ class Batches:
     def end(self, record: BatchRecord, to: BatchState, **values: Any) -> BatchRecord | None:
         """Without a worker: a batch that no job can bring to its end. None where it has one."""
         with self._database.writing() as connection:
-            found = _one(connection, record.id, lock=True)
-            alive = found.worker is not None and found.lease_until > time.time()
-            if alive or found.state.is_final:
+            found = _without_worker(connection, record)
+            return None if found is None else _end(connection, found, to, **values)
+
+    def conclude(self, record: BatchRecord, **values: Any) -> BatchRecord | None:
+        """Without a worker: no more of its rows run, and the next job makes results of those that
+        have. None where it has a worker, or has come further than its rows."""
+        values |= {"outcome": str(BatchState.COMPLETED), "idle_starts": 0}
+        with self._database.writing() as connection:
+            found = _without_worker(connection, record)
+            if found is None or found.state is not BatchState.IN_PROGRESS:
                 return None
+            to = BatchState.FINALIZING
             return _move(connection, found, to, worker=None, lease_until=0.0, **values)
 
     def say(self, record: BatchRecord, reason: str | None) -> None:
@@ -254,6 +270,21 @@ def _move(
     times = found.times | {str(to): time.time()}
     journal.note(connection, found.id, str(to), values.get("reason"))
     return _update(connection, found, {"state": str(to), "times": times} | _plain(values))
+
+
+def _end(
+    connection: sa.Connection, found: BatchRecord, to: BatchState, **values: Any
+) -> BatchRecord:
+    parts = tables.batch_parts
+    connection.execute(parts.delete().where(parts.c.batch == found.id))
+    return _move(connection, found, to, worker=None, lease_until=0.0, **values)
+
+
+def _without_worker(connection: sa.Connection, record: BatchRecord) -> BatchRecord | None:
+    """As it is now, and for this transaction only; None where it has one, or has ended."""
+    found = _one(connection, record.id, lock=True)
+    alive = found.worker is not None and found.lease_until > time.time()
+    return None if alive or found.state.is_final else found
 
 
 def _update(connection: sa.Connection, found: BatchRecord, values: dict[str, Any]) -> BatchRecord:

@@ -130,7 +130,7 @@ class Soak:
     proxy: Proxy
     chance: random.Random
     folder: Path
-    happened: Counter[str] = field(default_factory=Counter)
+    happened: Counter[str] = field(default_factory=lambda: Counter(dict.fromkeys(EVILS, 0)))
     batches: list[BatchRecord] = field(default_factory=list)
     jobs: dict[str, Process] = field(default_factory=dict)  # the newest, by batch
     all: list[Process] = field(default_factory=list)

@@ -1,5 +1,6 @@
 """One batch from its input file to its results: `python -m jobs.batch` against a real gateway."""
 
+import asyncio
 import json
 import signal
 import subprocess
@@ -9,6 +10,9 @@ from collections.abc import Iterator
 
 import pytest
 
+from llm_engine.batches import patience
+from llm_engine.batches.job import Job
+from llm_engine.errors import StorageUnavailable
 from llm_engine.ids import new_id
 from llm_engine.records import Usage
 from llm_engine.statuses import BatchState
@@ -224,6 +228,40 @@ def test_told_to_stop_it_keeps_what_has_finished_and_another_job_goes_on(bench):
     assert (code, record.state, record.completed) == (0, BatchState.COMPLETED, 200)
 
 
+def test_of_a_batch_that_no_job_can_finish_what_has_finished_is_the_result(bench):
+    batch = bench.batch([row(i, model="slow") for i in range(200)])
+    _, _, record = run_until(bench, batch, 20, lambda job: job.kill())
+    bench.store.batches.release(record, "it was killed")
+    error = {"code": "job_failed", "message": "5 jobs in a row ended", "param": None, "line": None}
+    assert bench.store.batches.conclude(record, reason=error["message"], errors=[error])
+    code, _, record = bench.run(batch)
+    assert (code, record.state) == (0, BatchState.COMPLETED)
+    assert record.completed >= 20 and record.completed + record.failed == 200
+    output, errors = bench.results(batch)
+    assert (len(output), len(errors)) == (record.completed, record.failed)
+    assert {line["error"]["code"] for line in errors} == {"job_failed"}
+    assert record.reason == error["message"] and parts_of(bench, batch) == []
+
+
+def test_a_storage_that_is_away_for_long_counts_against_no_batch(bench, monkeypatch):
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.3)
+    batch = bench.batch([row(i) for i in range(20)])
+
+    def away(*_):
+        raise StorageUnavailable("The storage does not answer.")
+
+    monkeypatch.setattr(bench.storage, "put", away)
+    job = Job(bench.settings, bench.gateways[1:], bench.store, bench.storage, print)
+    with pytest.raises(StorageUnavailable):
+        asyncio.run(job.run(batch.id))
+    record = bench.get(batch)
+    assert (record.worker, record.starts, record.idle_starts) == (None, 1, 0)
+    assert record.reason == "its storage is away: The storage does not answer."
+    monkeypatch.undo()
+    code, _, record = bench.run(batch)
+    assert (code, record.state, record.completed) == (0, BatchState.COMPLETED, 20)
+
+
 # -- who may work on it
 
 
@@ -249,8 +287,8 @@ def test_what_a_zombie_does_counts_for_nothing(bench):
     record = bench.get(batch)
     assert (record.worker, record.completed) == ("another", before.completed)
     bench.store.batches.release(record, "it was none")
-    code, _, record = bench.run(batch)
-    assert (code, record.state, record.completed) == (0, BatchState.COMPLETED, 200)
+    code, printed, record = bench.run(batch)
+    assert (code, record.state, record.completed) == (0, BatchState.COMPLETED, 200), printed
     assert len(bench.results(batch)[0]) == 200 and parts_of(bench, batch) == []
 
 

@@ -238,10 +238,11 @@ def deeds(store: Store, record: BatchRecord) -> list[Any]:
         lambda: batches.note(record, reason="from the grave"),
         lambda: batches.add_part(record, part(7, 1, 2)),
         lambda: batches.finish(record, BatchState.COMPLETED, [result()]),
+        lambda: batches.leave(record, "from the grave"),
     ]
 
 
-@pytest.mark.parametrize("deed", range(5))
+@pytest.mark.parametrize("deed", range(6))
 def test_a_zombie_changes_nothing(store, deed):
     zombie, alive = taken_over(store)
     with pytest.raises(LeaseLost):
@@ -249,7 +250,7 @@ def test_a_zombie_changes_nothing(store, deed):
     assert store.batches.get(alive.id) == alive and store.batches.parts(alive.id) == []
 
 
-@pytest.mark.parametrize("deed", range(5))
+@pytest.mark.parametrize("deed", range(6))
 def test_who_never_claimed_it_is_not_its_worker(store, deed):
     record = create(store)
     with pytest.raises(LeaseLost):
@@ -257,7 +258,7 @@ def test_who_never_claimed_it_is_not_its_worker(store, deed):
     assert store.batches.get(record.id) == record
 
 
-@pytest.mark.parametrize("deed", range(5))
+@pytest.mark.parametrize("deed", range(6))
 def test_nothing_changes_once_it_has_ended(store, deed):
     record = running(store)
     ended = store.batches.finish(record, BatchState.COMPLETED, [])
@@ -266,7 +267,7 @@ def test_nothing_changes_once_it_has_ended(store, deed):
     assert store.batches.get(record.id) == ended
 
 
-@pytest.mark.parametrize("deed", range(5))
+@pytest.mark.parametrize("deed", range(6))
 def test_a_worker_that_is_late_goes_on_where_nobody_took_over(store, deed):
     record = claimed(store, lease_s=-1)
     deeds(store, record)[deed]()
@@ -408,6 +409,38 @@ def test_without_a_worker_it_can_be_ended_and_with_one_it_cannot(store):
     assert store.batches.end(ended, BatchState.EXPIRED) is None
     store.batches.say(ended, "nothing more to say")
     assert store.batches.get(record.id) == ended
+
+
+def test_without_a_worker_what_has_finished_can_be_concluded(store):
+    record = running(store)
+    store.batches.add_part(record, part(1, 1, 2))
+    reason = {"reason": "m", "errors": [{"code": "job_failed", "message": "m"}]}
+    assert store.batches.conclude(record, **reason) is None
+    store.batches.release(record, "it died")
+    concluded = store.batches.conclude(record, **reason)
+    assert concluded is not None
+    assert (concluded.state, concluded.outcome, concluded.idle_starts) == (
+        "finalizing", "completed", 0,
+    )  # fmt: skip
+    assert concluded.reason == "m" and len(store.batches.parts(record.id)) == 1
+    assert store.batches.conclude(record, **reason) is None
+    store.batches.end(concluded, BatchState.FAILED)
+    assert store.batches.parts(record.id) == []
+
+
+def test_who_leaves_for_no_fault_of_its_own_has_not_tried(store):
+    record = claimed(store)
+    store.batches.leave(record, "its storage is away")
+    found = store.batches.get(record.id)
+    assert (found.worker, found.starts, found.idle_starts) == (None, 1, 0)
+    assert found.reason == "its storage is away"
+    assert store.batches.claim(record.id, "next", LEASE_S).starts == 2
+
+
+def test_who_leaves_after_its_time_has_tried(store):
+    record = store.batches.claim(create(store, expires_at=time.time() - 1).id, "w", LEASE_S)
+    store.batches.leave(record, "its storage is away")
+    assert store.batches.get(record.id).idle_starts == 1
 
 
 def test_of_a_claim_and_an_end_at_once_one_happens(store, other):

@@ -72,6 +72,13 @@ def test_jobs_that_die_one_after_the_other_are_given_up():
     assert deed(batch(idle_starts=2), ENDED) is Deed.START
 
 
+def test_what_they_have_finished_is_not_given_up():
+    assert deed(batch(idle_starts=3, completed=1), ENDED) is Deed.CONCLUDE
+    assert deed(batch(idle_starts=3, failed=1), ENDED) is Deed.CONCLUDE
+    finalizing = batch(idle_starts=3, completed=1, state=BatchState.FINALIZING)
+    assert deed(finalizing, ENDED) is Deed.GIVE_UP
+
+
 @pytest.mark.parametrize(
     "facts", [{"state": BatchState.CANCELLING}, {"expires_at": NOW - 1}], ids=str
 )
