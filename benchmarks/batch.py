@@ -44,7 +44,7 @@ ROWS, TOKENS = 1_000, 64
 SUBJECTS = ("France", "Japan", "an owl", "a whale", "the colour of snow", "the month after May")
 STREAMS, STREAM_TOKENS, STREAM_REQUESTS = 4, 32, 400
 ENDED = ("completed", "failed", "expired", "cancelled")
-POLL_S = 0.05
+POLL_S = 0.2  # each look costs the gateway a millisecond or two
 
 
 def rows(count: int, tokens: int, padding: int = 0) -> Iterator[bytes]:

@@ -16,6 +16,9 @@ class Load:
     kv_cache_usage: float = 0.0  # 0..1
     prompt_tokens: int = 0  # counter
     generated_tokens: int = 0  # counter
+    batches: int = 0  # of those running and waiting: requests of batches
+    step_s: float = 0.0  # a step of the engine takes so long, before any request; 0: unknown
+    request_s: float = 0.0  # and so much longer with each
 
     @property
     def depth(self) -> int:

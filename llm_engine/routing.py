@@ -7,9 +7,10 @@ pushes them the same RoutingTable.
 import asyncio
 import random
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Collection
 
+from llm_engine.background import Online
 from llm_engine.errors import NotFound, Overloaded, Unavailable
 from llm_engine.records import EndpointStatus, ReplicaReport, RoutingTable
 from llm_engine.statuses import EndpointState
@@ -32,7 +33,7 @@ class Balancer:
         self._retry_after_s = retry_after_s
         self._clock = clock
         #: By endpoint: requests from here that are no batch's.
-        self.online: Counter[str] = Counter()
+        self.online: defaultdict[str, Online] = defaultdict(Online)
         self._in_flight: Counter[str] = Counter()
         self._others: dict[str, int] = {}
         self._suspects: dict[str, float] = {}  # replica -> trusted again at
@@ -49,6 +50,9 @@ class Balancer:
                 del self._in_flight[gone]
         now = self._clock()
         self._suspects = {n: t for n, t in self._suspects.items() if n in known and t > now}
+        for gone in self.online.keys() - table.endpoints.keys():
+            if not self.online[gone].recent:
+                del self.online[gone]
         self.changed.set()
         self.changed = asyncio.Event()
 

@@ -117,18 +117,17 @@ class Dispatcher:
     ) -> None:
         who: Principal = call.principal
         if who.batch is None:
-            self._balancer.online[endpoint.name] += 1
+            asking = self._balancer.online[endpoint.name]
+            asking.enter()
             try:
                 return await self._replicas.serve(call, request, form, endpoint)
             finally:
-                self._balancer.online[endpoint.name] -= 1
+                asking.leave()
         replicas = self._balancer.table.replicas.get(endpoint.name, ())
-        room = background.room(
-            endpoint, replicas, self._balancer.online[endpoint.name], who.priority
-        )
+        online = self._balancer.online[endpoint.name].recent
+        room = background.room(endpoint, replicas, online, who.priority)
         call.fixed_headers.append((ROOM, b"%d" % room))
-        if endpoint.priorities:
-            request = defer(request, who.priority)
+        request = defer(request, who.priority if endpoint.priorities else None)
         await self._replicas.serve(call, request, form, endpoint)
 
 

@@ -12,7 +12,7 @@ from typing import cast
 
 import httptools
 
-from llm_engine.engine.base import HEADER_SECRET
+from llm_engine.engine.base import HEADER_BATCH, HEADER_SECRET
 from llm_engine.records import ReplicaReport
 
 #: Idle connections are dropped before the engine's own keep-alive (120 s) would.
@@ -231,9 +231,11 @@ class Pool:
             del self._idle[key]
 
 
-def post(replica: ReplicaReport, path: str, body: bytes) -> bytes:
-    """The bytes of a POST with a JSON body to an engine."""
+def post(replica: ReplicaReport, path: str, body: bytes, batch: int = 0) -> bytes:
+    """The bytes of a POST with a JSON body to an engine. `batch`: of a batch, and so
+    many texts."""
+    told = f"{HEADER_BATCH}: {batch}\r\n" if batch else ""
     return (
-        f"POST {path} HTTP/1.1\r\nhost: engine\r\ncontent-type: application/json\r\n"
+        f"POST {path} HTTP/1.1\r\nhost: engine\r\ncontent-type: application/json\r\n{told}"
         f"{HEADER_SECRET}: {replica.secret}\r\ncontent-length: {len(body)}\r\n\r\n"
     ).encode() + body

@@ -131,7 +131,8 @@ class Replicas:
         self, call: Call, request: EngineRequest, replica: ReplicaReport
     ) -> EngineConnection:
         connection = await self._pool.take(replica)
-        message = post(replica, request.path, request.body)
+        texts = request.choices if request.batch else 0
+        message = post(replica, request.path, request.body, texts)
         waited = time.perf_counter() - call.started
         connection.ask(message, time.monotonic() + self._limits.request_timeout_s - waited)
         return connection

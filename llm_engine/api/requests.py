@@ -37,6 +37,7 @@ class EngineRequest:
     top_logprobs: int | None = None  # what the caller asked for; None: leave the answer's alone
     obfuscate: bool = False  # pad each event, so that its size does not tell its text
     shown: str | None = None  # what answers call the model, where engines call it otherwise
+    batch: bool = False  # nobody waits for it
 
 
 class Form(Protocol):
@@ -56,10 +57,13 @@ class Form(Protocol):
         """What ends a stream that fails after its first byte."""
 
 
-def defer(request: EngineRequest, priority: int) -> EngineRequest:
-    """The same request, behind all with a lower number in the engine's queue."""
-    body = orjson.dumps(orjson.loads(request.body) | {"priority": priority})
-    return replace(request, body=body)
+def defer(request: EngineRequest, priority: int | None) -> EngineRequest:
+    """The same request as one of a batch's, behind all with a lower number in the engine's queue;
+    None: the engine knows no such numbers."""
+    body = request.body
+    if priority is not None:
+        body = orjson.dumps(orjson.loads(body) | {"priority": priority})
+    return replace(request, body=body, batch=True)
 
 
 def rename(request: EngineRequest, model: str, shown: str) -> EngineRequest:

@@ -18,7 +18,7 @@ from llm_engine.store.sql import Store
 
 #: A part is written when so large a share of the rows, so many bytes, or so old a row waits for it:
 #: whatever kills the job costs less than a hundredth of the batch, and parts stay few.
-SHARE = 400
+SHARE = 200
 MOST_BYTES = 8 * 2**20
 OLDEST_S = 5.0
 #: No row is sent while so many finished ones wait: the storage is slow, or away.

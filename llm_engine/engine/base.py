@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from llm_engine.records import Load
 
 HEADER_SECRET = "x-engine-secret"
+HEADER_BATCH = "x-engine-batch"  # how many texts a request asks for that belongs to a batch
 PATH_LOAD = "/-/load"
 
 

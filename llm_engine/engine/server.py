@@ -15,11 +15,11 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from llm_engine.config import BUILTIN, EndpointSettings
-from llm_engine.engine.base import HEADER_SECRET, PATH_LOAD
+from llm_engine.engine.base import HEADER_BATCH, HEADER_SECRET, PATH_LOAD
 from llm_engine.records import Load
 
 MARK = "@llm-engine "
@@ -123,6 +123,7 @@ class Guard:
         assert _spec is not None, "an engine process reads its spec before it builds its server"
         self._app = app
         self._secret = _spec.secret.encode()
+        self._batches = 0  # texts for batches that are under way
 
     def load(self, app: Any) -> Load:
         """What the engine behind the ASGI application `app` is doing."""
@@ -136,14 +137,23 @@ class Guard:
             await _answer(send, 403, {"error": "this port is private to llm-engine"})
             return
         if scope["path"] == PATH_LOAD:
-            await _answer(send, 200, asdict(self.load(scope.get("app"))))
+            load = replace(self.load(scope.get("app")), batches=self._batches)
+            await _answer(send, 200, asdict(load))
             return
-        await self._app(scope, receive, send)
+        texts = int(_header(scope, HEADER_BATCH) or 0)
+        self._batches += texts
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._batches -= texts
 
     def _admits(self, scope: Any) -> bool:
-        wanted = HEADER_SECRET.encode()
-        given = next((value for key, value in scope["headers"] if key == wanted), b"")
-        return hmac.compare_digest(given, self._secret)
+        return hmac.compare_digest(_header(scope, HEADER_SECRET), self._secret)
+
+
+def _header(scope: Any, name: str) -> bytes:
+    wanted = name.encode()
+    return next((value for key, value in scope["headers"] if key == wanted), b"")
 
 
 async def _answer(send: Any, status: int, content: Any) -> None:

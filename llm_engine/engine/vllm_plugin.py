@@ -9,10 +9,12 @@ from dataclasses import replace
 from typing import Any
 
 from llm_engine.engine.server import Guard, die_when_parent_thread_does
+from llm_engine.engine.steps import StepTimes
 from llm_engine.records import Load
 
 #: Counters and gauges of the engine in this process; LoadLogger writes, VllmGuard reads.
 latest = Load()
+_steps = StepTimes()
 
 
 def register() -> None:
@@ -52,6 +54,9 @@ def load_logger() -> type:
             if iteration_stats is not None:
                 prompt += iteration_stats.num_prompt_tokens
                 generated += iteration_stats.num_generation_tokens
+                gaps = iteration_stats.inter_token_latencies_iter
+                if gaps and not iteration_stats.num_prompt_tokens:
+                    _steps.seen(len(gaps), min(gaps))
             latest = Load(running, waiting, usage, prompt, generated)
 
         def log_engine_initialized(self):
@@ -66,7 +71,14 @@ class VllmGuard(Guard):
         unfinished = app.state.engine_client.get_num_unfinished_requests()
         # The step's gauges lag when nothing runs any more: an abort needs no step.
         running = min(latest.running, unfinished)
-        return replace(latest, running=running, waiting=unfinished - running)
+        step_s, request_s = _steps.line()
+        return replace(
+            latest,
+            running=running,
+            waiting=unfinished - running,
+            step_s=step_s,
+            request_s=request_s,
+        )
 
 
 def __getattr__(name: str) -> type:

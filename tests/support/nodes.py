@@ -84,6 +84,10 @@ class Nodes:
         )
         assert done.returncode == 0, done.stderr
 
+    def pid(self, node: int) -> int:
+        """Of `ray start --block`; 0 is the head."""
+        return self._processes[node].pid
+
     def client(self) -> httpx.Client:
         headers = {"Authorization": f"Bearer {self.KEY}"}
         return httpx.Client(base_url=self.url, headers=headers, timeout=30, trust_env=False)
