@@ -26,6 +26,7 @@ from llm_engine.config_data import (
     MASK,
     BatchSettings,
     FileSettings,
+    FineTuneSettings,
     Section,
     StorageSettings,
     StoreSettings,
@@ -277,6 +278,7 @@ class Settings(Section):
     storage: StorageSettings = StorageSettings()
     files: FileSettings = FileSettings()
     batches: BatchSettings = BatchSettings()
+    fine_tunes: FineTuneSettings = FineTuneSettings()
 
     @property
     def storage_url(self) -> str:

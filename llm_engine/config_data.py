@@ -110,3 +110,34 @@ class BatchSettings(Section):
         description="Folders and s3:// prefixes that clients may name as a batch's input_data_path "
         "and output_data_path. A path that is relative lies in the storage.",
     )
+
+
+class FineTuneSettings(Section):
+    """Fine-tunes: each a Ray job that trains an adapter."""
+
+    max_rows: int = Field(100_000, ge=1, description="Examples in a training file.")
+    max_file_bytes: int = Field(512 * 2**20, ge=1, description="Of a training file. Bytes.")
+    max_open: int = Field(20, ge=1, description="Of one owner that have not ended.")
+    max_running: int = Field(1, ge=1, description="Jobs at a time; the others wait their turn.")
+    max_idle_starts: int = Field(
+        5, ge=1, description="Jobs in a row that die before they keep one more checkpoint."
+    )
+    lease_s: float = Field(
+        15, ge=2, description="A job that is silent for so long is taken for dead. Seconds."
+    )
+    workers: int = Field(
+        1, ge=1, description="Processes that train one model together (data parallel)."
+    )
+    num_cpus: float = Field(1, ge=0, description="Ray CPUs each of them reserves.")
+    num_gpus: float = Field(0, ge=0, description="Ray GPUs each of them reserves; 0: CPUs train.")
+    max_length: int = Field(
+        2048,
+        ge=8,
+        description="Longer examples are cut, or the model's context if less. Tokens.",
+    )
+    checkpoint_every_s: float = Field(
+        60, gt=0, description="What a crash costs at most. Seconds of training."
+    )
+    kept_checkpoints: int = Field(
+        3, ge=1, description="Of the last epochs; each can be named as a model."
+    )

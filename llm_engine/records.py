@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any
 
-from llm_engine.statuses import BatchState, EndpointState, ReplicaState
+from llm_engine.statuses import BatchState, EndpointState, FineTuneState, ReplicaState
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +202,7 @@ class Directory:
     version: int = 0
     keys: dict[bytes, KeyRecord] = field(default_factory=dict)  # by digest; revoked ones too
     models: dict[str, dict[str, ModelRecord]] = field(default_factory=dict)  # by owner and name
+    adapters: dict[str, "AdapterRecord"] = field(default_factory=dict)  # by name
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,3 +333,84 @@ class BatchPart:
     rows: tuple[int, ...]  # by their place in the input, from 0
     failed: int  # of them
     usage: Usage = Usage()
+
+
+@dataclass(frozen=True, slots=True)
+class FineTuneRecord:
+    """One fine-tune, whatever dialect it came in: from a model and a file to an adapter."""
+
+    id: str
+    owner: str
+    dialect: str  # openai | llm_engine: who made it
+    base: str  # the endpoint whose model is trained on, and which will serve the adapter
+    weights: str  # that model: builtin:chat, a folder, or a Hugging Face id
+    training_file_id: str
+    method: str  # supervised | dpo
+    name: str  # of the model that comes of it; usable once it has succeeded
+    seed: int
+    state: FineTuneState
+    created_at: float
+    parent: str | None = None  # the adapter that it goes on from
+    validation_file_id: str | None = None
+    suffix: str | None = None
+    #: What was asked for, by TrainingPlan's names, numbers or "auto"; `plan`: what became of it.
+    hyperparameters: dict[str, Any] = field(default_factory=dict)
+    plan: dict[str, Any] | None = None
+    metadata: dict[str, str] | None = None
+    #: What a dialect keeps for its answers.
+    extras: dict[str, Any] = field(default_factory=dict)
+    sees_all: bool = False  # made with a key that sees what every owner has
+    #: Unix seconds of each state's last beginning, by state.
+    times: dict[str, float] = field(default_factory=dict)
+    step: int = 0  # optimizer steps that are durable
+    total_steps: int = 0  # 0: not known yet
+    trained_tokens: int | None = None
+    #: OpenAI's: code, message, param.
+    error: dict[str, Any] | None = None
+    reason: str | None = None  # one sentence: what it waits for
+    adapter: str | None = None  # the id of what came of it
+    result_file_id: str | None = None
+    #: Who works on it: a job's process, until `lease_until`.
+    worker: str | None = None
+    lease_until: float = 0.0
+    starts: int = 0  # jobs that have claimed it
+    idle_starts: int = 0  # the last of them, in a row, that got nowhere
+    #: As its worker sees it: steps_per_s, tokens_per_s, train_loss, left_s, ...
+    progress: dict[str, float] = field(default_factory=dict)
+    revision: int = 0
+
+    def began(self, state: FineTuneState) -> float | None:
+        """When it came into that state last, in unix seconds."""
+        return self.times.get(state)
+
+
+@dataclass(frozen=True, slots=True)
+class FineTuneEvent:
+    """What a fine-tune tells of itself; `data` of metrics: step, train_loss, ..."""
+
+    id: int
+    fine_tune: str
+    at: float  # unix seconds
+    level: str  # info | warn | error
+    message: str
+    type: str = "message"  # message | metrics
+    data: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRecord:
+    """LoRA weights that the replicas of `base` serve under `name`: a fine-tune's result, or one of
+    its checkpoints. In the storage: `adapters/<id>/`, with manifest.json written last."""
+
+    id: str  # what engines call it
+    name: str  # what clients call it
+    owner: str
+    base: str  # the endpoint
+    weights: str  # the model that it was trained on; the endpoint must still have it
+    rank: int
+    bytes: int
+    created_at: float
+    fine_tune: str | None = None
+    step: int | None = None  # of a checkpoint; None: the fine-tune's result
+    metrics: dict[str, float] = field(default_factory=dict)
+    deleted_at: float | None = None  # its bytes go with the next sweep

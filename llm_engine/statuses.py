@@ -1,4 +1,4 @@
-"""The states of endpoints, replicas and batches."""
+"""The states of endpoints, replicas, batches and fine-tunes."""
 
 from enum import StrEnum
 
@@ -50,3 +50,22 @@ class BatchState(StrEnum):
 _FINAL = frozenset(
     {BatchState.FAILED, BatchState.COMPLETED, BatchState.EXPIRED, BatchState.CANCELLED}
 )
+
+
+class FineTuneState(StrEnum):
+    """OpenAI's words; what follows what is drawn in `store/fine_tunes.py`."""
+
+    #: Accepted. Its files are checked as soon as a job runs.
+    VALIDATING = "validating_files"
+    #: Its files are good; it waits for a place to train.
+    QUEUED = "queued"
+    RUNNING = "running"
+    #: Whoever made it has asked it to rest; it goes on from its last checkpoint.
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        return self in (FineTuneState.SUCCEEDED, FineTuneState.FAILED, FineTuneState.CANCELLED)

@@ -4,6 +4,7 @@ import asyncio
 import os
 import secrets
 import socket
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -91,8 +92,10 @@ class Lease:
             self._saw(await patiently(finish))
 
     async def leave(self, reason: str) -> None:
-        """For no fault of the batch's or the job's."""
-        await asyncio.to_thread(self._batches.leave, self.record, reason)
+        """For no fault of the batch's or the job's; which counts all the same once its time is
+        over, lest it never end."""
+        tried = self.record.expires_at < time.time()
+        await asyncio.to_thread(self._batches.leave, self.record, reason, tried)
 
     def _is_kept(self, result: FileRecord) -> bool:
         try:

@@ -49,6 +49,7 @@ class Lock(IntEnum):
     ENDPOINTS = 0x6C6C6D67
     MODELS = 0x6C6C6D68
     BATCHES = 0x6C6C6D69
+    FINE_TUNES = 0x6C6C6D6A
 
 
 class Database:

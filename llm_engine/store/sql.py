@@ -7,10 +7,12 @@ import sqlalchemy as sa
 
 from llm_engine.records import Directory, Event, ModelRecord
 from llm_engine.store import tables
+from llm_engine.store.adapters import Adapters
 from llm_engine.store.batches import Batches
 from llm_engine.store.database import Database
 from llm_engine.store.endpoints import Endpoints
 from llm_engine.store.files import Files
+from llm_engine.store.fine_tunes import FineTunes
 from llm_engine.store.idempotency import Idempotency
 from llm_engine.store.keys import Keys
 from llm_engine.store.registered import Registered
@@ -29,6 +31,8 @@ class Store:
         self.uploads = Uploads(self.database)
         self.idempotency = Idempotency(self.database)
         self.batches = Batches(self.database)
+        self.fine_tunes = FineTunes(self.database)
+        self.adapters = Adapters(self.database)
 
     @classmethod
     def open(cls, url: str) -> "Store":
@@ -45,7 +49,12 @@ class Store:
         """Another one after every change of what `directory` tells."""
         keys, models = tables.keys.c, tables.models.c
         changes = sa.func.sum(models.revision)
-        return self._mark(keys.id, sa.func.count(keys.revoked_at)) + self._mark(models.id, changes)
+        adapters = tables.adapters.c
+        return (
+            self._mark(keys.id, sa.func.count(keys.revoked_at))
+            + self._mark(models.id, changes)
+            + self._mark(adapters.id, sa.func.count(adapters.deleted_at))
+        )
 
     def _mark(self, key: sa.ColumnElement, changes: sa.ColumnElement) -> tuple[object, ...]:
         """Of numbers that no clock has made, and that a late commit cannot leave as they were."""
@@ -59,7 +68,8 @@ class Store:
         for model in self.registered.all():
             models[model.owner][model.name] = model
         keys = {key.digest: key for key in self.keys.all()}
-        return Directory(time.time_ns(), keys, dict(models))
+        adapters = {adapter.name: adapter for adapter in self.adapters.all()}
+        return Directory(time.time_ns(), keys, dict(models), adapters)
 
     def events(self, subject: str, after: int = 0, limit: int = 100) -> list[Event]:
         """Of one record, oldest first."""

@@ -238,7 +238,7 @@ def deeds(store: Store, record: BatchRecord) -> list[Any]:
         lambda: batches.note(record, reason="from the grave"),
         lambda: batches.add_part(record, part(7, 1, 2)),
         lambda: batches.finish(record, BatchState.COMPLETED, [result()]),
-        lambda: batches.leave(record, "from the grave"),
+        lambda: batches.leave(record, "from the grave", False),
     ]
 
 
@@ -430,16 +430,16 @@ def test_without_a_worker_what_has_finished_can_be_concluded(store):
 
 def test_who_leaves_for_no_fault_of_its_own_has_not_tried(store):
     record = claimed(store)
-    store.batches.leave(record, "its storage is away")
+    store.batches.leave(record, "its storage is away", tried=False)
     found = store.batches.get(record.id)
     assert (found.worker, found.starts, found.idle_starts) == (None, 1, 0)
     assert found.reason == "its storage is away"
     assert store.batches.claim(record.id, "next", LEASE_S).starts == 2
 
 
-def test_who_leaves_after_its_time_has_tried(store):
-    record = store.batches.claim(create(store, expires_at=time.time() - 1).id, "w", LEASE_S)
-    store.batches.leave(record, "its storage is away")
+def test_who_leaves_and_could_have_got_somewhere_has_tried(store):
+    record = claimed(store)
+    store.batches.leave(record, "its storage is away", tried=True)
     assert store.batches.get(record.id).idle_starts == 1
 
 

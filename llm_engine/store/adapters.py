@@ -1,0 +1,77 @@
+"""LoRA weights as records. Names are unique among all owners."""
+
+import time
+
+import sqlalchemy as sa
+
+from llm_engine.errors import NotFound
+from llm_engine.records import AdapterRecord
+from llm_engine.store import journal, tables
+from llm_engine.store.database import Database
+
+table = tables.adapters.c
+
+
+class Adapters:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def all(self) -> list[AdapterRecord]:
+        """Those that can be served."""
+        return self._read(table.deleted_at.is_(None))
+
+    def of(self, fine_tune: str) -> list[AdapterRecord]:
+        """Its checkpoints and its result, by step."""
+        return self._read(table.fine_tune == fine_tune, table.deleted_at.is_(None))
+
+    def deleted(self) -> list[AdapterRecord]:
+        """Those whose bytes are still in the storage."""
+        return self._read(table.deleted_at.is_not(None))
+
+    def get(self, name: str) -> AdapterRecord:
+        """Raises NotFound."""
+        found = (
+            self._read(table.name == name, table.deleted_at.is_(None)) if "\0" not in name else []
+        )
+        if not found:
+            raise NotFound(
+                f"The model '{name[:200]}' does not exist or you do not have access to it.",
+                param="model",
+                code="model_not_found",
+            )
+        return found[0]
+
+    def delete(self, adapter: str) -> bool:
+        """Nobody can name it any more. False where somebody else was first."""
+        with self._database.writing() as connection:
+            gone = connection.execute(
+                tables.adapters.update()
+                .where(table.id == adapter, table.deleted_at.is_(None))
+                .values(deleted_at=time.time())
+            )
+            if gone.rowcount:
+                journal.note(connection, adapter, "adapter.deleted")
+            return bool(gone.rowcount)
+
+    def forget(self, adapter: str) -> None:
+        """Its bytes are gone."""
+        with self._database.writing() as connection:
+            connection.execute(
+                tables.adapters.delete().where(table.id == adapter, table.deleted_at.is_not(None))
+            )
+
+    def _read(self, *wanted: sa.ColumnElement[bool]) -> list[AdapterRecord]:
+        rows = sa.select(tables.adapters).where(*wanted).order_by(table.step, table.id)
+        with self._database.reading() as connection:
+            return [AdapterRecord(**row._mapping) for row in connection.execute(rows)]
+
+
+def add(connection: sa.Connection, record: AdapterRecord) -> bool:
+    """Within a transaction of its fine-tune's. False where it is there already."""
+    known = sa.select(table.id).where(table.id == record.id)
+    if connection.execute(known).scalar() is not None:
+        return False
+    values = {name: getattr(record, name) for name in AdapterRecord.__dataclass_fields__}
+    connection.execute(tables.adapters.insert().values(values))
+    journal.note(connection, record.id, "adapter.created", record.name)
+    return True
