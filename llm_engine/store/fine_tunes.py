@@ -45,7 +45,7 @@ class FineTunes(Leased[FineTuneRecord]):
         self, record: FineTuneRecord, limit: int, once: Once | None = None
     ) -> FineTuneRecord:
         """The record, or what `once` has made before. Raises Conflict where its owner has `limit`
-        that have not ended, and where `once` was something else."""
+        that have not ended, where its name is another's, and where `once` was something else."""
         with self._database.writing(alone=Lock.FINE_TUNES) as connection:
             if once is not None:
                 first = idempotency.claim(connection, once, record.id)
@@ -57,6 +57,11 @@ class FineTunes(Leased[FineTuneRecord]):
                     "(fine_tunes.max_open). Wait for one, or cancel one.",
                     code="too_many_fine_tunes",
                     status=429,
+                )
+            if _is_taken(connection, record.name):
+                raise Conflict(
+                    f"There is a model named '{record.name}' already, or there will be.",
+                    code="name_taken",
                 )
             connection.execute(self.TABLE.insert().values(_values(record)))
             journal.note(connection, record.id, str(record.state))
@@ -105,6 +110,21 @@ class FineTunes(Leased[FineTuneRecord]):
             _tell(connection, record.id, "The job was resumed and moved to queued state")
             to = _S.VALIDATING if record.plan is None else _S.QUEUED
             return self._move(connection, record, to, idle_starts=0)
+
+    def labelled(self, metadata: Mapping[str, str] | None) -> list[sa.ColumnElement[bool]]:
+        """For `page`: those whose metadata have all these pairs; None: those without metadata."""
+        column = self.TABLE.c.metadata
+        if metadata is None:  # JSON's null, which is text
+            return [sa.or_(column.is_(sa.null()), sa.cast(column, sa.Text) == "null")]
+        return [self._labelled(key, value) for key, value in metadata.items()]
+
+    def _labelled(self, key: str, value: str) -> sa.ColumnElement[bool]:
+        column = self.TABLE.c.metadata
+        if not self._database.is_sqlite:
+            return column.op("->>", return_type=sa.Text())(sa.literal(key, sa.Text())) == value
+        # Not by a JSON path: a key may hold what a path has no way to quote.
+        pairs = sa.func.json_each(column).table_valued("key", "value", name="pairs")
+        return sa.exists().where(pairs.c.key == key, pairs.c.value == value)
 
     def events(
         self, fine_tune: str, before: int | None, limit: int
@@ -268,6 +288,15 @@ def _tell(
     connection.execute(
         table.delete().where(table.c.fine_tune == fine_tune, table.c.id <= oldest_kept)
     )
+
+
+def _is_taken(connection: sa.Connection, name: str) -> bool:
+    """By a fine-tune that has ended well or may yet do so, or by an adapter."""
+    tunes, weights = tables.fine_tunes.c, tables.adapters.c
+    lost = (str(_S.FAILED), str(_S.CANCELLED))
+    promised = sa.select(tunes.id).where(tunes.name == name, tunes.state.not_in(lost))
+    made = sa.select(weights.id).where(weights.name == name)
+    return connection.execute(promised.union_all(made).limit(1)).first() is not None
 
 
 def _values(record: FineTuneRecord) -> dict[str, Any]:
