@@ -47,7 +47,7 @@ class Ingress:
             store=Store(settings.store_url),
             wake=self._wake,
             nudge=self._nudge,
-            nudge_batches=self._nudge_keeper,
+            nudge_jobs=self._nudge_keeper,
             all_metrics=self._all_metrics,
             describe_replicas=self._describe_replicas,
             tell_request_id=False,

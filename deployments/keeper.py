@@ -18,9 +18,9 @@ from deployments import replica
 from jobs.launcher import Launcher, LaunchError
 from llm_engine import files
 from llm_engine.batches import parts
-from llm_engine.batches.keeping import Deed, Seen, decide
 from llm_engine.config import Settings
 from llm_engine.errors import APIError, LLMEngineError, StorageUnavailable
+from llm_engine.keeping import Deed, Seen, decide
 from llm_engine.records import BatchRecord
 from llm_engine.statuses import BatchState, EndpointState
 from llm_engine.storage.opening import open_storage

@@ -53,8 +53,8 @@ class Services:
     wake: Callable[[str, int], Awaitable[None]] = _nobody_to_tell
     #: Says that the store has changed.
     nudge: Callable[[], Awaitable[None]] = _nobody_to_tell
-    #: Says that there is a new batch, or one to cancel.
-    nudge_batches: Callable[[], Awaitable[None]] = _nobody_to_tell
+    #: Says that there is a new batch or fine-tune, or one that shall not go on.
+    nudge_jobs: Callable[[], Awaitable[None]] = _nobody_to_tell
     _signer: Signer | None = None
 
     def __post_init__(self) -> None:

@@ -90,7 +90,7 @@ class Batches:
                 raise
             retry = self._services.settings.gateway.retry_after_s
             raise Overloaded(full.message, code=full.code, retry_after=retry) from None
-        await self._services.nudge_batches()
+        await self._services.nudge_jobs()
         return record
 
     async def create_from_lines(
@@ -159,7 +159,7 @@ class Batches:
         where it has ended otherwise."""
         await self.get(who, batch)
         record = await asyncio.to_thread(self._store.batches.ask_cancel, batch)
-        await self._services.nudge_batches()
+        await self._services.nudge_jobs()
         return record
 
     def results(self, record: BatchRecord) -> Iterator[bytes]:

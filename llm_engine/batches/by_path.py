@@ -9,12 +9,12 @@ import orjson
 from llm_engine.api.batches import split_lines
 from llm_engine.api.llm_engine_api import batch_rows
 from llm_engine.batches.lease import Lease
-from llm_engine.batches.patience import patiently
 from llm_engine.batches.results import Spool, write
 from llm_engine.batches.validation import Problem, problem
 from llm_engine.config import Settings
 from llm_engine.errors import APIError, InvalidRequest, NotFound, StorageUnavailable
 from llm_engine.files import BATCH, key_of, new_record
+from llm_engine.patience import patiently
 from llm_engine.records import BatchRecord
 from llm_engine.storage.base import NoSuchObject, Storage
 from llm_engine.storage.opening import open_path

@@ -7,11 +7,11 @@ import orjson
 from llm_engine.batches.lease import Lease
 from llm_engine.batches.outcomes import EXPIRED
 from llm_engine.batches.parts import folder_of
-from llm_engine.batches.patience import patiently
 from llm_engine.batches.results import Spool, add_unfinished, write
 from llm_engine.config import Settings
 from llm_engine.errors import NotFound
 from llm_engine.files import key_of, new_file_id, new_record
+from llm_engine.patience import patiently
 from llm_engine.records import BatchPart, BatchRecord, FileRecord
 from llm_engine.statuses import BatchState
 from llm_engine.storage.base import NoSuchObject, Storage

@@ -9,16 +9,17 @@ from urllib.parse import quote
 
 from llm_engine.batches.conclusion import Conclusion
 from llm_engine.batches.gateways import Broken, Gateways, Unreachable
-from llm_engine.batches.lease import BEATS_A_LEASE, Lease
+from llm_engine.batches.lease import Lease
 from llm_engine.batches.own_engine import EngineFailed, OwnEngine
 from llm_engine.batches.parts import Parts
-from llm_engine.batches.patience import backoff, patiently
 from llm_engine.batches.progress import Progress
 from llm_engine.batches.rows import read_rows
 from llm_engine.batches.runner import GRACE_S, Runner, Stop, Tickets
 from llm_engine.batches.validation import Check, Problem, problem
 from llm_engine.config import Settings
 from llm_engine.errors import LLMEngineError, NotFound, StorageUnavailable, StoreUnavailable
+from llm_engine.lease import BEATS_A_LEASE
+from llm_engine.patience import backoff, patiently
 from llm_engine.records import BatchRecord, FileRecord
 from llm_engine.signing import Signer
 from llm_engine.statuses import BatchState

@@ -1,65 +1,24 @@
-"""A job's claim on its batch: what it writes to the store, as long as it may, and its heartbeat."""
+"""A job's claim on its batch: what only batches need beside heartbeats."""
 
 import asyncio
-import os
-import secrets
-import socket
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from llm_engine.batches.patience import patiently
-from llm_engine.errors import LeaseLost, NotFound
+from llm_engine import lease
+from llm_engine.errors import NotFound
+from llm_engine.patience import patiently
 from llm_engine.records import BatchPart, BatchRecord, FileRecord
 from llm_engine.statuses import BatchState
 from llm_engine.store.sql import Store
 
-BEATS_A_LEASE = 5
 
-
-class Lease:
-    """`record` is the batch as it was last seen. Every method raises LeaseLost once another process
-    works on it, and StoreUnavailable where the store has been away for too long."""
-
+class Lease(lease.Lease[BatchRecord]):
     def __init__(self, store: Store, lease_s: float) -> None:
-        self.record: BatchRecord
-        self.tag = secrets.token_hex(4)  # of this process, in the names of what it writes
-        self.worker = f"{socket.gethostname()[:50]}:{os.getpid()}:{self.tag}"
+        super().__init__(store.batches, lease_s)
         self.cancelled = asyncio.Event()
-        self._ending = asyncio.Lock()  # a beat that comes just after the end finds no lease
         self._batches = store.batches
         self._files = store.files
-        self._lease_s = lease_s
-
-    async def claim(self, batch: str) -> None:
-        """Raises NotFound, too."""
-
-        def claim() -> BatchRecord:
-            found = self._batches.get(batch)
-            if found.worker == self.worker:  # the first try has done it, unheard
-                return found
-            return self._batches.claim(batch, self.worker, self._lease_s)
-
-        self.record = await patiently(claim)
-        self._saw(self.record)
-
-    async def beat(self, progress: dict[str, float] | None = None) -> None:
-        self._saw(await patiently(self._batches.beat, self.record, self._lease_s, progress))
-
-    async def keep(self, progress: Callable[[], dict[str, float]]) -> None:
-        """For ever; in silence once the batch has ended."""
-        while True:
-            await asyncio.sleep(self._lease_s / BEATS_A_LEASE)
-            async with self._ending:
-                if not self.record.state.is_final:
-                    await self.beat(progress())
-
-    def check(self) -> None:
-        """Blocking; for the thread that is about to put a result in its place."""
-        self._batches.beat(self.record, self._lease_s)
-
-    async def note(self, **values: Any) -> None:
-        self._saw(await patiently(lambda: self._batches.note(self.record, **values)))
 
     async def move(self, from_: BatchState, to: BatchState, **values: Any) -> None:
         """Look at `record.state` afterwards: it may have been cancelled instead."""
@@ -104,9 +63,6 @@ class Lease:
             return False
 
     def _saw(self, record: BatchRecord) -> None:
-        if record.worker not in (self.worker, None):
-            raise LeaseLost(f"another process works on {record.id}")
-        if record.revision >= self.record.revision:  # two answers may overtake each other
-            self.record = record
+        super()._saw(record)
         if record.state is BatchState.CANCELLING:
             self.cancelled.set()

@@ -4,9 +4,9 @@ import asyncio
 import contextlib
 
 from llm_engine.batches.lease import Lease
-from llm_engine.batches.patience import patiently
 from llm_engine.config import EndpointSettings, Settings
 from llm_engine.errors import Conflict, LLMEngineError, NotFound
+from llm_engine.patience import patiently
 from llm_engine.records import BatchRecord
 from llm_engine.statuses import EndpointState
 from llm_engine.store.sql import Store

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from llm_engine.batches.lease import Lease
 from llm_engine.batches.outcomes import Finished
-from llm_engine.batches.patience import patiently
 from llm_engine.errors import LeaseLost, NotFound, StorageUnavailable
+from llm_engine.patience import patiently
 from llm_engine.records import BatchPart, Usage
 from llm_engine.storage.base import Storage
 from llm_engine.store.sql import Store

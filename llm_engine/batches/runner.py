@@ -18,11 +18,11 @@ from llm_engine.batches.gateways import Answer, Broken, Gateways, Unreachable
 from llm_engine.batches.outcomes import Finished, Verdict, judge
 from llm_engine.batches.pace import Pace, priority
 from llm_engine.batches.parts import Parts
-from llm_engine.batches.patience import backoff, patiently
 from llm_engine.batches.progress import Progress
 from llm_engine.batches.rows import Row, read_rows
 from llm_engine.batches.validation import Problem
 from llm_engine.config import Settings
+from llm_engine.patience import backoff, patiently
 from llm_engine.records import BatchRecord, FileRecord
 from llm_engine.signing import Signer, Ticket
 from llm_engine.storage.base import Storage

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from llm_engine.batches import patience
+from llm_engine import patience
 from llm_engine.batches.job import Job
 from llm_engine.errors import StorageUnavailable
 from llm_engine.ids import new_id

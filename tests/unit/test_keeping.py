@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from llm_engine.batches.keeping import Deed, Seen, decide
+from llm_engine.keeping import Deed, Seen, decide
 from llm_engine.records import BatchRecord
 from llm_engine.statuses import BatchState
 
