@@ -67,8 +67,9 @@ class Adapters:
 
 
 def add(connection: sa.Connection, record: AdapterRecord) -> bool:
-    """Within a transaction of its fine-tune's. False where it is there already."""
-    known = sa.select(table.id).where(table.id == record.id)
+    """Within a transaction of its fine-tune's. False where it is there already, or was: a step
+    that is trained again makes no second checkpoint of the name."""
+    known = sa.select(table.id).where(sa.or_(table.id == record.id, table.name == record.name))
     if connection.execute(known).scalar() is not None:
         return False
     values = {name: getattr(record, name) for name in AdapterRecord.__dataclass_fields__}

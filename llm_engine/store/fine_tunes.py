@@ -170,10 +170,12 @@ class FineTunes(Leased[FineTuneRecord]):
         level: str = "info",
         data: Mapping[str, Any] | None = None,
     ) -> None:
-        """As its worker: an event; with `data`, metrics. Raises LeaseLost."""
+        """As its worker: an event; with `data`, metrics of a step. Again does nothing: who goes on
+        from a checkpoint comes to the same steps once more. Raises LeaseLost."""
         with self._database.writing() as connection:
             self._held(connection, record)
-            _tell(connection, record.id, message, level, data)
+            if not _is_told(connection, record.id, message, data):
+                _tell(connection, record.id, message, level, data)
 
     def keep(
         self, record: FineTuneRecord, step: int, checkpoint: AdapterRecord | None = None
@@ -200,7 +202,10 @@ class FineTunes(Leased[FineTuneRecord]):
         together. Raises LeaseLost."""
         with self._database.writing() as connection:
             found = self._held(connection, record)
-            adapters.add(connection, adapter)
+            if not adapters.add(connection, adapter):
+                message = f"There is a model named '{adapter.name}' already."
+                error = {"code": "name_taken", "message": message, "param": None}
+                return self._failed(connection, found, error)
             files.insert(connection, results)
             _tell(connection, record.id, f"New fine-tuned model created: {record.name}")
             _tell(connection, record.id, "The job has successfully completed")
@@ -288,6 +293,23 @@ def _tell(
     connection.execute(
         table.delete().where(table.c.fine_tune == fine_tune, table.c.id <= oldest_kept)
     )
+
+
+def _is_told(
+    connection: sa.Connection, fine_tune: str, message: str, data: Mapping[str, Any] | None
+) -> bool:
+    """By the newest event of that type."""
+    table = tables.fine_tune_events.c
+    type = "message" if data is None else "metrics"
+    newest = connection.execute(
+        sa.select(table.message, table.data)
+        .where(table.fine_tune == fine_tune, table.type == type)
+        .order_by(table.id.desc())
+        .limit(1)
+    ).one_or_none()
+    if newest is None:
+        return False
+    return newest.message == message if data is None else newest.data["step"] >= data["step"]
 
 
 def _is_taken(connection: sa.Connection, name: str) -> bool:
