@@ -41,6 +41,12 @@ class Adapters:
             )
         return found[0]
 
+    def find(self, adapter: str) -> AdapterRecord | None:
+        """By its id; None where there is none, or no longer."""
+        if "\0" in adapter:
+            return None
+        return next(iter(self._read(table.id == adapter, table.deleted_at.is_(None))), None)
+
     def delete(self, adapter: str) -> bool:
         """Nobody can name it any more. False where somebody else was first."""
         with self._database.writing() as connection:
