@@ -1,1 +1,1 @@
-"""What a fine-tune is made of: its data checked, its trainer run, its adapter kept."""
+"""Fine-tunes: from a model and a file of examples to an adapter that its engines serve."""
