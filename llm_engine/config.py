@@ -38,6 +38,7 @@ BUILTIN = {
     "chat": Path(__file__).parent / "demo" / "chat",
     "embed": Path(__file__).parent / "demo" / "embed",
 }
+DEMO_ADAPTERS = 4
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ENV_KEYS = "LLM_ENGINE_API_KEYS"
 ENV_CONFIG = "LLM_ENGINE_CONFIG"
@@ -172,6 +173,16 @@ class EndpointSettings(Section):
     max_queue: int = Field(
         256, ge=1, description="Requests a replica holds, running and waiting; more get 429."
     )
+    max_adapters: int = Field(
+        0,
+        ge=0,
+        le=128,
+        description="Adapters (LoRA) that a replica computes with at a time; where more are asked "
+        "for, they take turns. 0: none. Unset: 4 for builtin:chat, else 0.",
+    )
+    max_adapter_rank: Literal[8, 16, 32, 64, 128, 256, 320, 512] = Field(
+        16, description="Largest rank of an adapter; memory is taken for it, whatever they have."
+    )
     num_gpus: float | None = Field(
         None, ge=0, description="Per replica. Unset: tensor_parallel_size on GPU nodes, else 0."
     )
@@ -207,6 +218,11 @@ class EndpointSettings(Section):
             "model": "model",
             "served_model_name": "name",
             "max_num_queued_reqs": "max_queue",
+            "enable_lora": "max_adapters",
+            "max_loras": "max_adapters",
+            "max_cpu_loras": "max_adapters",
+            "max_lora_rank": "max_adapter_rank",
+            "lora_modules": "",
         }
         clean = {key.replace("-", "_"): value for key, value in args.items()}
         for key in ours.keys() & clean.keys():
@@ -225,6 +241,19 @@ class EndpointSettings(Section):
         if name.endswith("/events"):
             raise ValueError("'/events' at the end is the path of an endpoint's events")
         return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _demo_takes_adapters(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("model") == "builtin:chat":
+            return {"max_adapters": DEMO_ADAPTERS} | data
+        return data
+
+    @model_validator(mode="after")
+    def _adapters_of_what_generates(self) -> Self:
+        if self.max_adapters and self.task != "generate":
+            raise ValueError("max_adapters is for endpoints that generate")
+        return self
 
     @model_validator(mode="after")
     def _not_its_own_fallback(self) -> Self:
@@ -285,6 +314,11 @@ class Settings(Section):
         """s3://... or a folder's absolute path."""
         url = self.storage.url or str(self.cluster.state_dir / "storage")
         return url if url.startswith("s3://") else str(Path(url).expanduser().absolute())
+
+    @property
+    def cache_dir(self) -> Path:
+        """Of this node."""
+        return (self.storage.cache_dir or self.cluster.state_dir / "cache").expanduser().absolute()
 
     @property
     def store_url(self) -> str:

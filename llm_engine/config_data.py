@@ -1,5 +1,6 @@
 """The part of the settings that is about what is kept: rows, bytes, files and batches."""
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SecretStr, field_validator
@@ -63,6 +64,14 @@ class StorageSettings(Section):
     direct_links: bool = Field(
         False,
         description="Download links lead to S3 itself (presigned), not through the gateway.",
+    )
+    cache_dir: Path | None = Field(
+        None,
+        description="Where a node keeps adapters for its engines. Unset: `cache` in "
+        "cluster.state_dir.",
+    )
+    cache_bytes: int = Field(
+        10 * 2**30, ge=1, description="Of adapters that a node keeps; the least used go. Bytes."
     )
     link_expires_s: int = Field(
         3600, ge=60, le=7 * 86400, description="How long a download link is good. Seconds."

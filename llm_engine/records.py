@@ -19,6 +19,7 @@ class Load:
     batches: int = 0  # of those running and waiting: requests of batches
     step_s: float = 0.0  # a step of the engine takes so long, before any request; 0: unknown
     request_s: float = 0.0  # and so much longer with each
+    adapters: tuple[str, ...] = ()  # ids of those in the engine's memory
 
     @property
     def depth(self) -> int:
@@ -58,6 +59,8 @@ class ReplicaReport:
     began_at: float = 0.0  # unix seconds: its process runs
     loaded_at: float = 0.0  # the model is in memory
     ready_at: float = 0.0  # it has generated a token
+    weights: str = ""  # the model that it serves, as its endpoint's settings had it
+    max_adapters: int = 0  # in its memory at a time
 
     def plain(self) -> dict[str, Any]:
         """As plain data, without what opens its port."""
@@ -90,6 +93,8 @@ class EndpointStatus:
     phases: Phases = Phases()  # of the start under way, or of the last one
     eta_s: float | None = None  # until READY, learned from earlier starts
     last_error: str | None = None  # the last failure, also when it has passed
+    max_adapters: int = 0  # in a replica's memory at a time; 0: it serves none
+    max_adapter_rank: int = 0
 
 
 @dataclass(frozen=True, slots=True)
