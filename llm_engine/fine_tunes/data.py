@@ -37,6 +37,7 @@ _PREFERENCES = (
     ("preferred_output", "non_preferred_output"),
     ("preferred_completion", "non_preferred_completion"),
 )
+_PEEKED = 2**16  # bytes
 _CONVERSATION, _PAIR, _PREFERENCE = "messages", "a prompt and its answer", "a preference"
 _FORM_OF_METHOD = {DPO: "'input', 'preferred_output' and 'non_preferred_output'"}
 
@@ -196,7 +197,7 @@ class Reader:
         rows = csv.reader(self._text(pieces))
         line = 1
         try:
-            header = next(rows, None)
+            header = next(filter(None, rows), None)
             if header is None:
                 return
             columns = _columns(header)
@@ -278,15 +279,16 @@ def check_header(first: bytes, filename: str, kind: str = "training") -> None:
 
 
 def _peek(pieces: Iterable[bytes]) -> tuple[bytes, Iterator[bytes]]:
-    """The first byte that is no space, and all pieces."""
+    """What it begins with, without leading spaces, and all pieces."""
     rest = iter(pieces)
     held: list[bytes] = []
     start = b""
     for piece in rest:
         held.append(piece)
-        start = (start + piece).removeprefix(BOM).lstrip()[:4]
-        if start:
+        start += piece
+        if (len(start) > len(BOM) and start.removeprefix(BOM).strip()) or len(start) > _PEEKED:
             break
+    start = start.removeprefix(BOM).lstrip()
 
     def again() -> Iterator[bytes]:
         yield from held
