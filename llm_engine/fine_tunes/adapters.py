@@ -5,7 +5,7 @@ import time
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import orjson
 
@@ -15,7 +15,9 @@ from llm_engine.fine_tunes.folders import File, FolderBroken
 from llm_engine.ids import new_id
 from llm_engine.records import AdapterRecord
 from llm_engine.storage.base import NoSuchObject, Storage, is_key
-from llm_engine.store.sql import Store
+
+if TYPE_CHECKING:  # engines fetch adapters, too, and have no business with the store
+    from llm_engine.store.sql import Store
 
 logger = logging.getLogger("llm_engine.fine_tunes")
 
@@ -120,7 +122,7 @@ def drop(storage: Storage, adapter: str) -> None:
     folders.drop(storage, _prefix(adapter))
 
 
-def sweep(store: Store, storage: Storage) -> int:
+def sweep(store: "Store", storage: Storage) -> int:
     """The bytes of adapters that have been deleted. How many; raises StorageUnavailable or
     StoreUnavailable, and the next one goes on from there."""
     deleted = store.adapters.deleted()
@@ -130,7 +132,7 @@ def sweep(store: Store, storage: Storage) -> int:
     return len(deleted)
 
 
-def sweep_orphans(store: Store, storage: Storage) -> int:
+def sweep_orphans(store: "Store", storage: Storage) -> int:
     """Once in a while: what jobs have left that were killed. Lists all adapters, and all that
     fine-tunes keep to go on from. How many objects went; raises what `sweep` does."""
     swept = _sweep_unknown(store, storage)
@@ -146,7 +148,7 @@ def sweep_orphans(store: Store, storage: Storage) -> int:
     return swept
 
 
-def sweep_fine_tune(store: Store, storage: Storage, fine_tune: str) -> None:
+def sweep_fine_tune(store: "Store", storage: Storage, fine_tune: str) -> None:
     """What it kept to go on from, once it has ended; else nothing. Raises what `sweep` does."""
     kept = _kept_of(store, fine_tune)
     if kept is not None:
@@ -155,7 +157,7 @@ def sweep_fine_tune(store: Store, storage: Storage, fine_tune: str) -> None:
                 storage.delete(each.key)
 
 
-def _sweep_unknown(store: Store, storage: Storage) -> int:
+def _sweep_unknown(store: "Store", storage: Storage) -> int:
     """Adapters that were published, and never got a record."""
     unknown: dict[str, tuple[float, list[str]]] = {}
     for each in storage.list("adapters/"):
@@ -174,7 +176,7 @@ def _sweep_unknown(store: Store, storage: Storage) -> int:
     return swept
 
 
-def _kept_of(store: Store, fine_tune: str) -> tuple[str, ...] | None:
+def _kept_of(store: "Store", fine_tune: str) -> tuple[str, ...] | None:
     """The objects of a fine-tune's that stay, now that it has ended; None: it has not."""
     try:
         record = store.fine_tunes.get(fine_tune)
