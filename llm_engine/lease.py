@@ -25,6 +25,7 @@ class Lease(Generic[Record]):
         self._records = records
         self._lease_s = lease_s
         self._ending = asyncio.Lock()  # a beat that comes just after the end finds no lease
+        self._left = False
 
     async def claim(self, record: str) -> None:
         """Raises NotFound, too."""
@@ -42,11 +43,11 @@ class Lease(Generic[Record]):
         self._saw(await patiently(self._records.beat, self.record, self._lease_s, progress))
 
     async def keep(self, progress: Callable[[], dict[str, float]]) -> None:
-        """For ever; in silence once the record has ended."""
+        """For ever; in silence once the record has ended, or been left."""
         while True:
             await asyncio.sleep(self._lease_s / BEATS_A_LEASE)
             async with self._ending:
-                if not self.record.state.is_final:
+                if not (self._left or self.record.state.is_final):
                     await self.beat(progress())
 
     def check(self) -> None:

@@ -56,13 +56,13 @@ class Progress:
         if record.failed:
             parts.append(f"{record.failed:,} failed")
         if self.rows_per_s > 0:
-            parts.append(f"about {_duration((record.total - done) / self.rows_per_s)} left")
+            parts.append(f"about {duration((record.total - done) / self.rows_per_s)} left")
         if record.reason:
             parts.append(f"waiting: {record.reason}")
         return ", ".join(parts)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
