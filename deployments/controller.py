@@ -31,6 +31,7 @@ from deployments.tended import (
 )
 from llm_engine.config import EndpointSettings, Settings
 from llm_engine.endpoints import OPERATOR, derive, signature
+from llm_engine.engine.adapters import AdapterSource
 from llm_engine.errors import LLMEngineError, StoreUnavailable
 from llm_engine.records import EndpointRecord, EndpointStatus, ReplicaReport
 from llm_engine.statuses import EndpointState
@@ -63,6 +64,7 @@ class Controller:
         self._read_at = 0.0
         self._directory_mark: tuple[object, ...] | None = None
         self._told_at = 0.0
+        self._telling = asyncio.Lock()
         self._usual: dict[str, list[float]] = {}
         self._tended: dict[str, Tended] = {}
         self._states: dict[str, EndpointState] = {}
@@ -79,9 +81,11 @@ class Controller:
         self._hurry.set()
 
     async def nudge(self) -> None:
-        """The store has changed: look now."""
+        """The store has changed: look now. Returns once the router knows of keys and models."""
         self._mark = None
         self._hurry.set()
+        with contextlib.suppress(StoreUnavailable):  # the next look will tell
+            await self._tell_directory()
 
     async def hurry(self) -> None:
         """A replica is ready, or has failed: look now."""
@@ -168,11 +172,12 @@ class Controller:
                 self._take([_provisional(settings) for settings in self._declared])
 
     async def _tell_directory(self) -> None:
-        mark = await asyncio.to_thread(self._store.directory_mark)
-        if mark != self._directory_mark or time.monotonic() - self._told_at > REREAD_S:
-            directory = await asyncio.to_thread(self._store.directory)
-            await asyncio.wait_for(self._router.set_directory.remote(directory), 10)
-            self._directory_mark, self._told_at = mark, time.monotonic()
+        async with self._telling:  # an older one must not be told after a newer one
+            mark = await asyncio.to_thread(self._store.directory_mark)
+            if mark != self._directory_mark or time.monotonic() - self._told_at > REREAD_S:
+                directory = await asyncio.to_thread(self._store.directory)
+                await asyncio.wait_for(self._router.set_directory.remote(directory), 10)
+                self._directory_mark, self._told_at = mark, time.monotonic()
 
     async def _save_deployed(self, tended: Tended) -> None:
         """Which version the cluster has; kept in memory until the store has it."""
@@ -252,7 +257,12 @@ class Controller:
         logger.info("deploying %s (generation %s)", application, tended.version)
         superseded = await asyncio.to_thread(replica.unplaced, application, tended.placed)
         target = build_endpoint(
-            tended.settings, tended.version, self._gateway, total(nodes, "GPU") > 0, replicas
+            tended.settings,
+            tended.version,
+            self._gateway,
+            total(nodes, "GPU") > 0,
+            replicas,
+            AdapterSource.of(self._settings),
         )
         tended.deployed_at = tended.began_at = time.time()
         tended.applied = replicas

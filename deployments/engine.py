@@ -5,6 +5,7 @@ directly from the ingress; nothing of them passes through this actor.
 """
 
 import asyncio
+import contextlib
 import logging
 import time
 from dataclasses import replace
@@ -16,6 +17,7 @@ from ray.serve.handle import DeploymentHandle
 
 from deployments import replica
 from llm_engine.config import EndpointSettings
+from llm_engine.engine.adapters import AdapterSource
 from llm_engine.engine.process import EngineProcess
 from llm_engine.errors import EngineError
 from llm_engine.records import ReplicaReport
@@ -29,26 +31,37 @@ NAME = "EngineReplica"
 FAREWELL_S = 1.0
 #: Probes of an engine's load that may fail in a row before it is taken for hung.
 MOST_MISSED = 10
+#: Between two questions which adapters in the engine's memory have been deleted.
+FORGET_S = 2.0
 #: Serve kills a replica that drains longer than its endpoint allows by so much.
 SHUTDOWN_MARGIN_S = 20
 
 
 @serve.deployment
 class EngineReplica:
-    async def __init__(self, settings: EndpointSettings, generation: str, gateway: str) -> None:
+    async def __init__(
+        self,
+        settings: EndpointSettings,
+        generation: str,
+        gateway: str,
+        adapters: AdapterSource | None = None,
+    ) -> None:
         replica.prepare()
         self._settings = settings
         self._router: DeploymentHandle = serve.get_deployment_handle("ModelRouter", gateway)
         self._controller: DeploymentHandle = serve.get_deployment_handle("Controller", gateway)
-        self._engine = EngineProcess(settings, host=ray.util.get_node_ip_address())
+        self._engine = EngineProcess(settings, ray.util.get_node_ip_address(), adapters)
         self._report = ReplicaReport(
             endpoint=settings.name,
             replica=serve.get_replica_context().replica_id.unique_id,
             generation=generation,
             state=ReplicaState.STARTING,
             began_at=time.time(),
+            weights=settings.model,
+            max_adapters=settings.max_adapters,
         )
         self._missed = 0
+        self._asked_at = 0.0  # what has been deleted of the adapters in memory
         self._reporting = asyncio.create_task(self._keep_reporting())
         try:
             address = await self._engine.start()
@@ -110,7 +123,20 @@ class EngineReplica:
             elif self._report.loaded_at != self._engine.loaded_at:
                 self._report = replace(self._report, loaded_at=self._engine.loaded_at)
             interval = await self._call_router("report", self._report) or interval
+            await self._forget_adapters()
             await asyncio.sleep(interval)
+
+    async def _forget_adapters(self) -> None:
+        """Those that have been deleted: nobody can ask for them any more."""
+        loaded = self._report.load.adapters
+        if not loaded or time.monotonic() - self._asked_at < FORGET_S:
+            return
+        self._asked_at = time.monotonic()
+        gone = await self._call_router("deleted", loaded)
+        if gone:
+            logger.info("adapters that have been deleted: %s", ", ".join(gone))
+            with contextlib.suppress(EngineError):  # it is asked again
+                await self._engine.forget(gone)
 
     async def _observe(self) -> None:
         """One probe that fails may be a busy moment; a dead process, or many in a row, is not."""
@@ -147,6 +173,7 @@ def build_endpoint(
     gateway: str,
     cluster_has_gpus: bool,
     replicas: int,
+    adapters: AdapterSource | None = None,
 ) -> serve.Application:
     """The Serve application of one endpoint. The controller changes the number of replicas."""
     gpus, cpus = replica_resources(settings, cluster_has_gpus)
@@ -165,7 +192,7 @@ def build_endpoint(
         bundle = {"CPU": cpus} | ({"GPU": gpus} if gpus else {})
         options["placement_group_bundles"] = [bundle]
         options["placement_group_strategy"] = "STRICT_PACK"
-    return EngineReplica.options(**options).bind(settings, generation, gateway)
+    return EngineReplica.options(**options).bind(settings, generation, gateway, adapters)
 
 
 def replica_resources(settings: EndpointSettings, cluster_has_gpus: bool) -> tuple[float, float]:

@@ -8,6 +8,7 @@ back within seconds from those who told it, so it stores nothing.
 import asyncio
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,6 +44,7 @@ class ModelRouter:
         self._endpoints_at: float | None = None  # when the controller was first heard
         self._table = RoutingTable(version=time.time_ns())  # ahead of any earlier router's
         self._directory = Directory()
+        self._adapters: set[str] = set()  # the ids of those in the directory
         self._changed = asyncio.Event()
         self._informed = asyncio.Event()  # both the controller and the replicas have been heard
         self._dirty = False
@@ -85,9 +87,16 @@ class ModelRouter:
         return list(self._reports.values())
 
     async def set_directory(self, directory: Directory) -> None:
-        """The controller's word on keys and registered models."""
+        """The controller's word on keys, registered models and adapters."""
         self._directory = directory
+        self._adapters = {adapter.id for adapter in directory.adapters.values()}
         self._announce()
+
+    async def deleted(self, adapters: Sequence[str]) -> list[str]:
+        """Of these that a replica has in memory, those that nobody can ask for any more."""
+        if self._directory.version == 0:
+            return []  # nobody has told yet
+        return [adapter for adapter in adapters if adapter not in self._adapters]
 
     async def watch(
         self, known: int, known_directory: int, ingress: str, samples: Samples

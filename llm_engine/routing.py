@@ -8,7 +8,8 @@ import asyncio
 import random
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
+from zlib import crc32
 
 from llm_engine.background import Online
 from llm_engine.errors import NotFound, Overloaded, Unavailable
@@ -18,6 +19,9 @@ from llm_engine.statuses import EndpointState
 #: How long a replica that just failed a request is left alone. Longer than the router needs to
 #: hear of its death, short enough for a mere hiccup.
 SUSPECT_S = 3.0
+#: A request goes to a replica that has its adapter in memory, unless others have less to do by this
+#: share of what autoscaling aims at.
+DETOUR = 0.5
 
 
 class Balancer:
@@ -65,15 +69,25 @@ class Balancer:
             )
         return endpoint
 
-    def choose(self, endpoint: EndpointStatus, exclude: Collection[str] = ()) -> ReplicaReport:
-        """The replica to ask. Raises Unavailable (none is ready) or Overloaded (all are full)."""
+    def choose(
+        self, endpoint: EndpointStatus, exclude: Collection[str] = (), adapter: str | None = None
+    ) -> ReplicaReport:
+        """The replica to ask, with `adapter` one that can load it. Raises Unavailable (none is
+        ready) or Overloaded (all are full)."""
         ready = [r for r in self.table.replicas.get(endpoint.name, ()) if r.replica not in exclude]
+        if adapter is not None:
+            # In an update some run another version still.
+            ready = [r for r in ready if r.max_adapters > 0 and r.weights == endpoint.model]
         if not ready:
             raise self._unavailable(endpoint, retried=bool(exclude))
         trusted = [r for r in ready if r.replica not in self._suspects] if self._suspects else ready
         pool = trusted or ready
         picked = pool if len(pool) <= 2 else random.sample(pool, 2)
         best = min(picked, key=self.cost) if len(picked) > 1 else picked[0]
+        if adapter is not None and len(pool) > 1:
+            home = self._home(pool, adapter)
+            detour = DETOUR * endpoint.target_queue_depth
+            best = home if self.cost(home) <= self.cost(best) + detour else best
         # What is in flight from here is exact; what others have there is a guess by now, and the
         # engine itself refuses what is over its limit.
         if self._in_flight[best.replica] >= endpoint.max_queue:
@@ -81,6 +95,13 @@ class Balancer:
             if self._in_flight[best.replica] >= endpoint.max_queue:
                 raise self.overloaded(endpoint)
         return best
+
+    def _home(self, pool: Sequence[ReplicaReport], adapter: str) -> ReplicaReport:
+        """Who has the adapter in memory; before anybody has, the one that every ingress picks."""
+        holders = [r for r in pool if adapter in r.load.adapters]
+        if holders:
+            return min(holders, key=self.cost)
+        return max(pool, key=lambda r: crc32(f"{adapter} {r.replica}".encode()))
 
     def cost(self, replica: ReplicaReport) -> int:
         return self._in_flight[replica.replica] + self._others.get(replica.replica, 0)

@@ -1,22 +1,26 @@
 """What every route receives: the settings, the picture of who serves what, the way to engines."""
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 import httpcore
 
 from llm_engine.api.relay import Pool
-from llm_engine.catalog import Catalog
+from llm_engine.catalog import Catalog, Route
 from llm_engine.config import Settings
+from llm_engine.errors import NotFound, StoreUnavailable
 from llm_engine.metrics import IngressMetrics
-from llm_engine.records import Directory, RoutingTable
+from llm_engine.records import Directory, Principal, RoutingTable
 from llm_engine.routing import Balancer
 from llm_engine.safe import Safe
 from llm_engine.signing import Signer
 from llm_engine.storage.base import Storage
 from llm_engine.storage.opening import open_storage
 from llm_engine.store.sql import Store
+
+SILENCE_S = 5.0
 
 
 async def _own_metrics_only() -> bytes | None:
@@ -56,6 +60,11 @@ class Services:
     #: Says that there is a new batch or fine-tune, or one that shall not go on.
     nudge_jobs: Callable[[], Awaitable[None]] = _nobody_to_tell
     _signer: Signer | None = None
+    #: One look at a time into the store for an unknown name, however many ask; none for a while
+    #: after it was silent.
+    _looking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    _silent_until: float = 0.0
+    _telling: set[asyncio.Task[None]] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.catalog = Catalog(self.balancer)
@@ -67,6 +76,42 @@ class Services:
         if self._signer is None:
             self._signer = Signer(await asyncio.to_thread(self.store.database.secret))
         return self._signer
+
+    async def route(self, who: Principal, name: str, task: str | None = None) -> Route:
+        """Where a name leads, also that of an adapter which has become one a moment ago. Raises
+        as `catalog.resolve`."""
+        try:
+            return self.catalog.resolve(who, name, task)
+        except NotFound:
+            if not await self.look_up(name):
+                raise
+        return self.catalog.resolve(who, name, task)
+
+    async def look_up(self, name: str) -> bool:
+        """Whether the store has an adapter of that name that was not known here. While it is
+        silent, what is known here is all there is."""
+        if name in self.catalog.directory.adapters:
+            return False
+        async with self._looking:
+            if name in self.catalog.directory.adapters:
+                return True  # somebody else has just asked
+            if time.monotonic() < self._silent_until:
+                return False
+            try:
+                found = await asyncio.to_thread(self.store.adapters.get, name)
+            except NotFound:
+                return False
+            except StoreUnavailable:
+                self._silent_until = time.monotonic() + SILENCE_S
+                return False
+            self.catalog.learn(found)
+        telling = asyncio.create_task(self._tell())  # the other gateways, too
+        self._telling.add(telling)
+        telling.add_done_callback(self._telling.discard)
+        return True
+
+    async def _tell(self) -> None:
+        await self.nudge()
 
     def update(self, table: RoutingTable | None, directory: Directory | None) -> None:
         """The newest picture; None: as before."""

@@ -120,9 +120,10 @@ class Batches:
         Raises NotFound for what does not exist or is not theirs to see, InvalidRequest for a model
         that is no endpoint or does not do `task`.
         """
-        route = self._services.catalog.resolve(who, model, task)
-        if route.endpoint is None or route.registered:
-            what = "an alias" if route.endpoint else "an external model"
+        route = await self._services.route(who, model, task)
+        if route.endpoint is None or route.registered or route.adapter:
+            what = "an alias" if route.registered else "an adapter"
+            what = what if route.endpoint else "an external model"
             raise InvalidRequest(
                 f"The model '{model}' is {what}: only an endpoint can be run on engines of its "
                 "own. Name the endpoint, or leave the engines to the platform.",

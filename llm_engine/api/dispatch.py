@@ -10,7 +10,7 @@ from llm_engine import background
 from llm_engine.api import limits
 from llm_engine.api.http import Call, ClientGone
 from llm_engine.api.replicas import Replicas
-from llm_engine.api.requests import EngineRequest, Form, defer, rename
+from llm_engine.api.requests import EngineRequest, Form, aimed, defer
 from llm_engine.api.upstream import Upstreams
 from llm_engine.catalog import Route
 from llm_engine.errors import APIError
@@ -31,8 +31,8 @@ _WORTH_A_FALLBACK = frozenset({429, 500, 502, 503, 504})
 
 class Dispatcher:
     def __init__(self, services: Services) -> None:
+        self._services = services
         self._balancer = services.balancer
-        self._catalog = services.catalog
         self._metrics = services.metrics
         self._replicas = Replicas(services)
         self._upstreams = Upstreams(services)
@@ -41,7 +41,7 @@ class Dispatcher:
         """Answers the call, or raises APIError while nothing has been sent yet."""
         call.require(Scope.INFERENCE)
         who: Principal = call.principal
-        route = self._catalog.resolve(who, request.model, request.kind.task)
+        route = await self._services.route(who, request.model, request.kind.task)
         first: APIError | None = None
         tried = [route.name]
         while True:
@@ -49,7 +49,7 @@ class Dispatcher:
                 return await self._serve(call, request, form, route, bool(first))
             except APIError as error:
                 first = first or error
-                next_one = self._next(call, error, route, request, tried)
+                next_one = await self._next(call, error, route, request, tried)
                 if next_one is None:
                     # The caller asked for the first one: its reason is the one they know.
                     _say_who(call, None)
@@ -59,7 +59,7 @@ class Dispatcher:
                 self._metrics.fallbacks.labels(route.name, next_one.name).inc()
                 route = next_one
 
-    def _next(
+    async def _next(
         self, call: Call, error: APIError, route: Route, request: EngineRequest, tried: list[str]
     ) -> Route | None:
         name = route.fallback
@@ -71,7 +71,7 @@ class Dispatcher:
         try:
             # Whoever set the fallback answers for it: it is resolved with their eyes.
             owner = Principal(route.owner, frozenset())
-            return self._catalog.resolve(owner, name, request.kind.task)
+            return await self._services.route(owner, name, request.kind.task)
         except APIError as missing:
             logger.warning("the fallback of %s: %s", route.name, missing)
             return None
@@ -91,8 +91,7 @@ class Dispatcher:
         try:
             request = limits.hold(request, steps, context)
             if route.endpoint is not None:
-                sent = rename(request, route.endpoint.name, route.name)
-                await self._ask(call, sent, form, route.endpoint)
+                await self._ask(call, aimed(request, route), form, route.endpoint)
             else:
                 assert route.upstream is not None
                 await self._upstreams.serve(call, request, form, route.upstream, route.name)

@@ -12,7 +12,7 @@ from typing import cast
 
 import httptools
 
-from llm_engine.engine.base import HEADER_BATCH, HEADER_SECRET
+from llm_engine.engine.base import HEADER_ADAPTER, HEADER_BATCH, HEADER_SECRET
 from llm_engine.records import ReplicaReport
 
 #: Idle connections are dropped before the engine's own keep-alive (120 s) would.
@@ -231,10 +231,14 @@ class Pool:
             del self._idle[key]
 
 
-def post(replica: ReplicaReport, path: str, body: bytes, batch: int = 0) -> bytes:
+def post(
+    replica: ReplicaReport, path: str, body: bytes, batch: int = 0, adapter: str | None = None
+) -> bytes:
     """The bytes of a POST with a JSON body to an engine. `batch`: of a batch, and so
-    many texts."""
+    many texts. `adapter`: the id of the one to answer with."""
     told = f"{HEADER_BATCH}: {batch}\r\n" if batch else ""
+    if adapter is not None:
+        told += f"{HEADER_ADAPTER}: {adapter}\r\n"
     return (
         f"POST {path} HTTP/1.1\r\nhost: engine\r\ncontent-type: application/json\r\n{told}"
         f"{HEADER_SECRET}: {replica.secret}\r\ncontent-length: {len(body)}\r\n\r\n"

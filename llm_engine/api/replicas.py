@@ -12,11 +12,13 @@ from llm_engine.api.http import Call, ClientGone
 from llm_engine.api.relay import EngineConnection, EngineLost, EngineSilent, post
 from llm_engine.api.requests import EngineRequest, Form
 from llm_engine.api.waking import Waker
+from llm_engine.engine.base import AdapterProblem
 from llm_engine.errors import (
     APIError,
     InternalError,
     InvalidRequest,
     Overloaded,
+    StorageUnavailable,
     TookTooLong,
     Unavailable,
 )
@@ -34,10 +36,11 @@ STREAM_HEADERS = [
 
 
 class _Refused(Exception):
-    """An engine that could not answer, where another might."""
+    """An engine that could not answer, where another might. `well`: it is not its fault."""
 
-    def __init__(self, error: APIError) -> None:
+    def __init__(self, error: APIError, well: bool = False) -> None:
         self.error = error
+        self.well = well
 
 
 class Replicas:
@@ -71,7 +74,7 @@ class Replicas:
         last: APIError | None = None
         for _ in range(MAX_ATTEMPTS):
             try:
-                replica = self._balancer.choose(endpoint, failed)
+                replica = self._balancer.choose(endpoint, failed, request.adapter)
             except (Unavailable, Overloaded):
                 if last is not None:
                     raise last from None
@@ -87,7 +90,7 @@ class Replicas:
                 last = None
             except _Refused as refused:
                 last = refused.error
-                if not isinstance(last, Overloaded):
+                if not refused.well:
                     self._balancer.suspect(replica)
             finally:
                 self._balancer.release(replica)
@@ -132,7 +135,7 @@ class Replicas:
     ) -> EngineConnection:
         connection = await self._pool.take(replica)
         texts = request.choices if request.batch else 0
-        message = post(replica, request.path, request.body, texts)
+        message = post(replica, request.path, request.body, texts, request.adapter)
         waited = time.perf_counter() - call.started
         connection.ask(message, time.monotonic() + self._limits.request_timeout_s - waited)
         return connection
@@ -176,7 +179,7 @@ class Replicas:
         except EngineLost as lost:
             if call.gone:
                 raise ClientGone from None
-            logger.warning("a stream of %s broke off: %s", request.model, lost)
+            logger.warning("a stream of %s broke off: %s", request.called, lost)
             broken = InternalError(
                 "The replica that was answering was lost; the answer is incomplete. Send the "
                 "request again.",
@@ -187,7 +190,11 @@ class Replicas:
 
     def _refusal(self, error: APIError, endpoint: EndpointStatus) -> Exception:
         if isinstance(error, Overloaded):
-            return _Refused(self._balancer.overloaded(endpoint))
+            return _Refused(self._balancer.overloaded(endpoint), well=True)
+        if error.code == AdapterProblem.BROKEN:
+            return error
+        if error.code in (AdapterProblem.ELSEWHERE, StorageUnavailable.code):
+            return _Refused(error, well=True)
         # A dead engine still answers HTTP for a moment; another replica may do better.
         return _Refused(error) if error.status >= 500 else error
 

@@ -10,6 +10,7 @@ from typing import Protocol
 
 import orjson
 
+from llm_engine.catalog import Route
 from llm_engine.errors import APIError
 
 
@@ -38,6 +39,12 @@ class EngineRequest:
     obfuscate: bool = False  # pad each event, so that its size does not tell its text
     shown: str | None = None  # what answers call the model, where engines call it otherwise
     batch: bool = False  # nobody waits for it
+    adapter: str | None = None  # the id of what the engine is to answer with
+
+    @property
+    def called(self) -> str:
+        """The model's name, for whoever asked."""
+        return self.shown or self.model
 
 
 class Form(Protocol):
@@ -72,3 +79,11 @@ def rename(request: EngineRequest, model: str, shown: str) -> EngineRequest:
         return request
     body = orjson.dumps(orjson.loads(request.body) | {"model": model})
     return replace(request, model=model, body=body, shown=shown, rewrite=True)
+
+
+def aimed(request: EngineRequest, route: Route) -> EngineRequest:
+    """The same request for the engines of the endpoint that the route leads to."""
+    assert route.endpoint is not None
+    if route.adapter is None:
+        return rename(request, route.endpoint.name, route.name)
+    return replace(rename(request, route.adapter.id, route.name), adapter=route.adapter.id)

@@ -10,10 +10,13 @@ import asyncio
 import json
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import uvicorn
 
+from llm_engine.engine.adapters import AdapterFailed, Host
+from llm_engine.engine.base import AdapterProblem
 from llm_engine.engine.server import EngineSpec, Guard, run
 from llm_engine.records import Load
 
@@ -86,7 +89,7 @@ class FakeEngine:
             "id": "chatcmpl-fake" if chat else "cmpl-fake",
             "object": kind + ".chunk" if chat and body.get("stream") else kind,
             "created": int(time.time()),
-            "model": self.spec.name,
+            "model": body["model"],
         }
         if not body.get("stream"):
             await asyncio.sleep(count * self.options["token_delay_s"])
@@ -109,9 +112,23 @@ class FakeEngine:
 
 
 class FakeGuard(Guard):
+    """Any adapter with an adapter_config.json can be loaded; it changes nothing but the name."""
+
+    def host(self, app: Any) -> tuple[Host, int]:
+        return FakeHost(), self._spec.max_adapters
+
     def load(self, app: Any) -> Load:
         fake = self._app
         return Load(fake.running, fake.waiting, 0.0, fake.prompt_tokens, fake.generated_tokens)
+
+
+class FakeHost:
+    async def load(self, adapter: str, folder: Path) -> None:
+        if not (folder / "adapter_config.json").exists():
+            raise AdapterFailed(AdapterProblem.BROKEN, "the engine cannot load it.")
+
+    async def unload(self, adapter: str) -> None:
+        pass
 
 
 def message(text: str) -> dict[str, Any]:

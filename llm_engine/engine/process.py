@@ -10,12 +10,14 @@ import secrets
 import signal
 import sys
 import time
+from collections.abc import Collection
 from typing import Any
 
 import httpx
 
 from llm_engine.config import ENV_KEYS, ENV_SECRET, ENV_STORE, EndpointSettings
-from llm_engine.engine.base import HEADER_SECRET, PATH_LOAD, Engine, EngineAddress
+from llm_engine.engine.adapters import AdapterSource
+from llm_engine.engine.base import HEADER_SECRET, PATH_FORGET, PATH_LOAD, Engine, EngineAddress
 from llm_engine.engine.server import MARK, EngineSpec
 from llm_engine.errors import EngineError
 from llm_engine.records import Load
@@ -37,9 +39,16 @@ _SECONDARY = ("See root cause above", "Engine core proc", "EngineCore encountere
 class EngineProcess(Engine):
     """An engine as a child process in a process group of its own."""
 
-    def __init__(self, settings: EndpointSettings, host: str = "127.0.0.1") -> None:
+    def __init__(
+        self,
+        settings: EndpointSettings,
+        host: str = "127.0.0.1",
+        adapters: AdapterSource | None = None,
+    ) -> None:
+        """`adapters`: where it finds them; None: it has none."""
         self._settings = settings
         self._host = host
+        self._adapters = adapters
         self._secret = secrets.token_hex(16)
         self._output: collections.deque[str] = collections.deque(maxlen=KEPT_LINES)
         self._failure: str | None = None
@@ -74,7 +83,14 @@ class EngineProcess(Engine):
         answer = await self._request("GET", PATH_LOAD, timeout=LOAD_TIMEOUT_S)
         if answer.status_code != 200:
             raise EngineError(f"the engine does not tell its load (HTTP {answer.status_code})")
-        return Load(**answer.json())
+        told = answer.json()
+        return Load(**told | {"adapters": tuple(told["adapters"])})
+
+    async def forget(self, adapters: Collection[str]) -> None:
+        body = {"adapters": list(adapters)}
+        answer = await self._request("POST", PATH_FORGET, json=body)
+        if answer.status_code != 200:
+            raise EngineError(f"the engine keeps deleted adapters (HTTP {answer.status_code})")
 
     async def check_health(self) -> None:
         self._raise_if_dead()
@@ -120,7 +136,7 @@ class EngineProcess(Engine):
     async def _spawn(self) -> None:
         settings = self._settings
         check_model(settings)
-        spec = EngineSpec.of(settings, self._host, self._secret)
+        spec = EngineSpec.of(settings, self._host, self._secret, self._adapters)
         self._port = asyncio.get_running_loop().create_future()
         self._process = await asyncio.create_subprocess_exec(
             sys.executable,

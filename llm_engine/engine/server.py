@@ -5,6 +5,7 @@ JSON (the `EngineSpec`) to stdin and keeps stdin open: when it closes, the paren
 is this process. Two lines go back on stdout behind MARK: the port, or the cause of a failure.
 """
 
+import asyncio
 import ctypes
 import hmac
 import json
@@ -14,12 +15,23 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from llm_engine.config import BUILTIN, EndpointSettings
-from llm_engine.engine.base import HEADER_BATCH, HEADER_SECRET, PATH_LOAD
+from llm_engine.config import BUILTIN, EndpointSettings, Settings
+from llm_engine.engine.adapters import AdapterFailed, Adapters, AdapterSource, Host
+from llm_engine.engine.base import (
+    HEADER_ADAPTER,
+    HEADER_BATCH,
+    HEADER_SECRET,
+    PATH_FORGET,
+    PATH_LOAD,
+    AdapterProblem,
+)
+from llm_engine.engine.turns import TooMany
 from llm_engine.records import Load
 
 MARK = "@llm-engine "
@@ -41,10 +53,18 @@ class EngineSpec:
     tensor_parallel_size: int
     builtin: bool
     vllm_args: dict[str, Any]
+    weights: str = ""  # the model, as the endpoint's settings have it
+    max_adapters: int = 0
+    max_adapter_rank: int = 16
+    adapters: dict[str, Any] | None = None  # AdapterSource; None: there are none
 
     @classmethod
     def of(
-        cls, settings: EndpointSettings, host: str = "127.0.0.1", secret: str = ""
+        cls,
+        settings: EndpointSettings,
+        host: str = "127.0.0.1",
+        secret: str = "",
+        adapters: AdapterSource | None = None,
     ) -> "EngineSpec":
         builtin = settings.model.startswith("builtin:")
         name = settings.model.removeprefix("builtin:")
@@ -58,6 +78,10 @@ class EngineSpec:
             tensor_parallel_size=settings.tensor_parallel_size,
             builtin=builtin,
             vllm_args=settings.vllm_args,
+            weights=settings.model,
+            max_adapters=settings.max_adapters,
+            max_adapter_rank=settings.max_adapter_rank,
+            adapters=asdict(adapters) if adapters is not None else None,
         )
 
     def to_json(self) -> str:
@@ -114,19 +138,26 @@ def die_when_parent_thread_does() -> None:
 
 
 class Guard:
-    """ASGI middleware: only who holds the secret gets in; answers PATH_LOAD itself.
+    """ASGI middleware: only who holds the secret gets in; answers PATH_LOAD and PATH_FORGET itself;
+    sees to it that the engine has the adapter that a request is for.
 
-    Each engine derives its own, with `load`.
+    Each engine derives its own, with `load` and, if it takes adapters, `host`.
     """
 
     def __init__(self, app: Any) -> None:
         assert _spec is not None, "an engine process reads its spec before it builds its server"
         self._app = app
+        self._spec = _spec
         self._secret = _spec.secret.encode()
         self._batches = 0  # texts for batches that are under way
+        self._adapters: Adapters | None = None  # once one is asked for
 
     def load(self, app: Any) -> Load:
         """What the engine behind the ASGI application `app` is doing."""
+        raise NotImplementedError
+
+    def host(self, app: Any) -> tuple[Host, int]:
+        """Who loads adapters into that engine, and how many it keeps in memory."""
         raise NotImplementedError
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
@@ -137,18 +168,116 @@ class Guard:
             await _answer(send, 403, {"error": "this port is private to llm-engine"})
             return
         if scope["path"] == PATH_LOAD:
-            load = replace(self.load(scope.get("app")), batches=self._batches)
-            await _answer(send, 200, asdict(load))
+            await _answer(send, 200, asdict(self._whole_load(scope.get("app"))))
+            return
+        if scope["path"] == PATH_FORGET:
+            await self._forget(receive, send)
             return
         texts = int(_header(scope, HEADER_BATCH) or 0)
+        adapter = _header(scope, HEADER_ADAPTER).decode("latin-1")
         self._batches += texts
         try:
-            await self._app(scope, receive, send)
+            if adapter:
+                await self._with_adapter(adapter, bool(texts), scope, receive, send)
+            else:
+                await self._app(scope, receive, send)
         finally:
             self._batches -= texts
 
+    def _whole_load(self, app: Any) -> Load:
+        load = replace(self.load(app), batches=self._batches)
+        if self._adapters is None:
+            return load
+        waiting = load.waiting + self._adapters.waiting
+        return replace(load, waiting=waiting, adapters=self._adapters.loaded)
+
+    async def _with_adapter(
+        self, adapter: str, deferred: bool, scope: Any, receive: Any, send: Any
+    ) -> None:
+        if self._spec.max_adapters == 0 or self._spec.adapters is None:
+            await _refuse(send, AdapterProblem.ELSEWHERE, "a replica serves no adapters.")
+            return
+        if self._adapters is None:
+            self._adapters = self._make_adapters(scope.get("app"))
+        caller = Caller(receive)
+        async with AsyncExitStack() as stack:
+            using = self._adapters.use(adapter, deferred)
+            try:
+                if not await caller.stays_for(stack.enter_async_context(using)):
+                    return
+            except AdapterFailed as failed:
+                await _refuse(send, failed.problem, str(failed))
+            except TooMany:
+                await _answer(send, 503, {"error": {"message": "queue full", "code": 503}})
+            else:
+                await self._app(scope, caller.receive, send)
+
+    def _make_adapters(self, app: Any) -> Adapters:
+        from llm_engine.engine.adapter_cache import AdapterCache
+        from llm_engine.storage.opening import open_storage
+
+        spec = self._spec
+        source = AdapterSource(**(spec.adapters or {}))
+        storage = open_storage(Settings.model_validate({"storage": source.storage}))
+        cache = AdapterCache(storage, Path(source.folder), source.max_bytes)
+        host, kept = self.host(app)
+        return Adapters(
+            cache.open, cache.remove, host,
+            weights=spec.weights, slots=spec.max_adapters, kept=kept, most_waiting=spec.max_queue,
+        )  # fmt: skip
+
+    async def _forget(self, receive: Any, send: Any) -> None:
+        body = b""
+        more = True
+        while more:
+            part = await receive()
+            body, more = body + part.get("body", b""), part.get("more_body", False)
+        if self._adapters is not None:
+            await self._adapters.forget(json.loads(body)["adapters"])
+        await _answer(send, 200, {})
+
     def _admits(self, scope: Any) -> bool:
         return hmac.compare_digest(_header(scope, HEADER_SECRET), self._secret)
+
+
+class Caller:
+    """Who has sent a request that must wait: `receive` gives what came in the meantime, too."""
+
+    def __init__(self, receive: Any) -> None:
+        self._receive = receive
+        self._received: list[Any] = []
+
+    async def receive(self) -> Any:
+        return self._received.pop(0) if self._received else await self._receive()
+
+    async def stays_for(self, work: Coroutine[Any, Any, Any]) -> bool:
+        """Whether `work` came to its end before the caller left; else it is cancelled. Raises what
+        `work` does."""
+        working = asyncio.create_task(work)
+        leaving = asyncio.create_task(self._until_gone())
+        try:
+            await asyncio.wait([working, leaving], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            leaving.cancel()
+            if not working.done():
+                working.cancel()
+            await asyncio.wait([working, leaving])
+        if working.cancelled():
+            return False
+        working.result()
+        return True
+
+    async def _until_gone(self) -> None:
+        while True:
+            message = await self._receive()
+            self._received.append(message)
+            if message["type"] == "http.disconnect":
+                return
+
+
+async def _refuse(send: Any, problem: AdapterProblem, message: str) -> None:
+    error = {"message": message, "type": problem, "code": problem.status}
+    await _answer(send, problem.status, {"error": error})
 
 
 def _header(scope: Any, name: str) -> bytes:

@@ -31,6 +31,8 @@ BUILTIN_CHAT_ARGS: dict[str, Any] = {
     "enable_auto_tool_choice": True,
     "tool_call_parser": "hermes",
 }
+#: Adapters that an engine on GPUs keeps in the host's memory, for each slot on them.
+HOST_ADAPTERS = 4
 ALWAYS_ARGS: dict[str, Any] = {
     "disable_uvicorn_access_log": True,
     "enable_prompt_tokens_details": True,  # usage tells cached_tokens
@@ -97,6 +99,8 @@ def effective_args(spec: EngineSpec, on_cpu: bool) -> dict[str, Any]:
         merged["scheduling_policy"] = "priority"  # batches stand behind everybody else
     if spec.task == "embed":
         merged |= {"runner": "pooling", "convert": "embed"}
+    if spec.max_adapters:
+        merged |= adapter_args(spec, on_cpu)
     if on_cpu and spec.tensor_parallel_size > 1:
         del merged["distributed_executor_backend"]  # several ranks need several processes
     merged |= spec.vllm_args
@@ -104,6 +108,25 @@ def effective_args(spec: EngineSpec, on_cpu: bool) -> dict[str, Any]:
         "model": spec.model,
         "served_model_name": spec.name,
         "max_num_queued_reqs": spec.max_queue,
+    }
+
+
+def adapter_args(spec: EngineSpec, on_cpu: bool) -> dict[str, Any]:
+    slots = spec.max_adapters
+    if on_cpu:
+        # vLLM's kernels for CPUs (torch_ops/lora_ops.py) take -1, which stands for no adapter, as
+        # an index: beside a request with an adapter, one without is computed with the last slot's.
+        # So there is one more than is ever used, see VllmHost.
+        return _lora(spec, slots + 1, slots + 1)
+    return _lora(spec, slots, slots * HOST_ADAPTERS)
+
+
+def _lora(spec: EngineSpec, slots: int, in_memory: int) -> dict[str, Any]:
+    return {
+        "enable_lora": True,
+        "max_loras": slots,
+        "max_cpu_loras": in_memory,
+        "max_lora_rank": spec.max_adapter_rank,
     }
 
 

@@ -4,13 +4,20 @@
 where vLLM has already been imported.
 """
 
+import itertools
+import logging
 import multiprocessing
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from llm_engine.engine.adapters import AdapterFailed, Host
+from llm_engine.engine.base import AdapterProblem
 from llm_engine.engine.server import Guard, die_when_parent_thread_does
 from llm_engine.engine.steps import StepTimes
 from llm_engine.records import Load
+
+logger = logging.getLogger("vllm.llm_engine")  # where vLLM's own words go
 
 #: Counters and gauges of the engine in this process; LoadLogger writes, VllmGuard reads.
 latest = Load()
@@ -31,6 +38,36 @@ def register() -> None:
         initialise()
     if multiprocessing.parent_process() is not None:
         die_when_parent_thread_does()
+    else:
+        register_resolver()
+
+
+class Resolver:
+    """Where vLLM finds an adapter's files. It gives each a number of its own."""
+
+    def __init__(self) -> None:
+        self.folders: dict[str, str] = {}  # by adapter, while it is being loaded
+        self._numbers = itertools.count(1)
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
+        from vllm.lora.request import LoRARequest
+
+        folder = self.folders.get(lora_name)
+        if folder is None:
+            return None
+        number = next(self._numbers)
+        return LoRARequest(lora_name=lora_name, lora_int_id=number, lora_path=folder)
+
+
+resolver = Resolver()
+
+
+def register_resolver() -> None:
+    """In the process that serves HTTP."""
+    from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
+
+    LoRAResolver.register(Resolver)
+    LoRAResolverRegistry.register_resolver("llm_engine", resolver)
 
 
 def load_logger() -> type:
@@ -65,7 +102,60 @@ def load_logger() -> type:
     return LoadLogger
 
 
+class VllmHost:
+    """Adapters in and out of the vLLM behind an ASGI application.
+
+    vLLM finds them with a resolver (its own seam), which knows the folders of those that are being
+    loaded and no others: what it has resolved it would keep for good, under every name ever asked
+    for, and it would read an adapter's files again at any later step. `unload` ends that.
+    """
+
+    def __init__(self, app: Any) -> None:
+        self._models = app.state.openai_serving_models
+        self._client = app.state.engine_client
+
+    @property
+    def kept(self) -> int:
+        """Less than fit, where one slot must stay empty: see `vllm.adapter_args`."""
+        from vllm.platforms import current_platform
+
+        lora = self._client.vllm_config.lora_config
+        return lora.max_cpu_loras - 1 if current_platform.is_cpu() else lora.max_cpu_loras
+
+    async def load(self, adapter: str, folder: Path) -> None:
+        await self._evict_strangers()
+        resolver.folders[adapter] = str(folder)
+        try:
+            found = await self._models.resolve_lora(adapter)
+        finally:
+            del resolver.folders[adapter]
+        if self._client.errored:
+            raise self._client.dead_error
+        if adapter not in self._models.lora_requests:
+            self._models.lora_resolver_lock.pop(adapter, None)
+            logger.error("vLLM cannot load the adapter %s: %s", adapter, found.error.message)
+            raise AdapterFailed(
+                AdapterProblem.BROKEN, "its adapter cannot be loaded: see the engine's log."
+            )
+
+    async def unload(self, adapter: str) -> None:
+        request = self._models.lora_requests.pop(adapter, None)
+        self._models.lora_resolver_lock.pop(adapter, None)
+        if request is not None:
+            await self._client.remove_lora(request.lora_int_id)
+
+    async def _evict_strangers(self) -> None:
+        """Adapters that a request has brought back which ended after its adapter was unloaded."""
+        known = {request.lora_int_id for request in self._models.lora_requests.values()}
+        for number in set(await self._client.list_loras()) - known:
+            await self._client.remove_lora(number)
+
+
 class VllmGuard(Guard):
+    def host(self, app: Any) -> tuple[Host, int]:
+        host = VllmHost(app)
+        return host, host.kept
+
     def load(self, app: Any) -> Load:
         """The last engine step's counters, with the queue as it is this moment."""
         unfinished = app.state.engine_client.get_num_unfinished_requests()

@@ -142,7 +142,7 @@ class _Creation:
         base = None
         if "checkpoint_path" not in values:
             try:
-                self._services.catalog.resolve(who, model, "generate")
+                await self._services.route(who, model, "generate")
             except NotFound:
                 if not who.may(Scope.ENDPOINTS):
                     raise

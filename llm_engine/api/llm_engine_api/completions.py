@@ -31,7 +31,7 @@ class Completions:
 
     def __init__(self, services: Services, dispatcher: Dispatcher, *, stream: bool) -> None:
         self._dispatcher = dispatcher
-        self._catalog = services.catalog
+        self._services = services
         self._limit = services.settings.gateway.max_body_bytes
         self._stream = stream
 
@@ -41,7 +41,7 @@ class Completions:
         name = model_name(call.scope["query_string"])
         try:
             call.require(Scope.INFERENCE)
-            route = self._catalog.resolve(call.principal, name, Kind.COMPLETIONS.task)
+            route = await self._services.route(call.principal, name, Kind.COMPLETIONS.task)
             body = engine_body(asked, name, self._stream, ours=route.upstream is None)
             request = EngineRequest(
                 Kind.COMPLETIONS, PATH, name, self._stream, _dumps(body), rewrite=True

@@ -13,12 +13,14 @@ import orjson
 from llm_engine.api import sse
 from llm_engine.api.openai.requests import is_known
 from llm_engine.api.requests import EngineRequest, Kind
+from llm_engine.engine.base import AdapterProblem
 from llm_engine.errors import (
     APIError,
     InternalError,
     InvalidRequest,
     NotFound,
     Overloaded,
+    StorageUnavailable,
     Unavailable,
 )
 
@@ -158,9 +160,11 @@ def engine_error(status: int, body: bytes, request: EngineRequest) -> APIError:
     code = told.get("code")
     if isinstance(code, int) and 400 <= code < 600:
         status = code  # an error inside a stream comes with HTTP status 200
+    if told.get("type") in AdapterProblem:
+        return _adapter_problem(AdapterProblem(told["type"]), told, request)
     if status == 503 and told.get("type") != "ServiceUnavailableError":
         return Overloaded(
-            f"The model '{request.model}' has too many requests waiting. Try again shortly.",
+            f"The model '{request.called}' has too many requests waiting. Try again shortly.",
             param="model",
             retry_after=1,
         )
@@ -169,6 +173,20 @@ def engine_error(status: int, body: bytes, request: EngineRequest) -> APIError:
     if status in (401, 403) or (status >= 500 and status != 501):
         return _engine_failed(status, told, request)
     return _refused(told, request)
+
+
+def _adapter_problem(problem: AdapterProblem, told: Object, request: EngineRequest) -> APIError:
+    """What keeps an engine that is well from answering with an adapter."""
+    why = f"The model '{request.called}' cannot answer now: {told.get('message')}"
+    match problem:
+        case AdapterProblem.MISSING:  # deleted a moment ago
+            return _unknown(request)
+        case AdapterProblem.BROKEN:
+            return InternalError(why, param="model", code="adapter_broken")
+        case AdapterProblem.STORAGE:
+            return StorageUnavailable(why, param="model", retry_after=1)
+        case AdapterProblem.ELSEWHERE:
+            return Unavailable(why, param="model", code="adapter_elsewhere", retry_after=1)
 
 
 def _told(body: bytes) -> Object:
@@ -182,12 +200,16 @@ def _told(body: bytes) -> Object:
 def _not_found(told: Object, request: EngineRequest) -> APIError:
     if told.get("type") != "NotFoundError":  # the engine has no such route
         return InvalidRequest(
-            f"The model '{request.model}' does not support {request.path}.",
+            f"The model '{request.called}' does not support {request.path}.",
             param="model",
             code="invalid_value",
         )
+    return _unknown(request)
+
+
+def _unknown(request: EngineRequest) -> NotFound:
     return NotFound(
-        f"The model '{request.model}' does not exist.", param="model", code="model_not_found"
+        f"The model '{request.called}' does not exist.", param="model", code="model_not_found"
     )
 
 
@@ -195,12 +217,13 @@ def _engine_failed(status: int, told: Object, request: EngineRequest) -> APIErro
     dead = "EngineCore" in str(told.get("message"))
     if dead or status == 503:
         return Unavailable(
-            f"The model '{request.model}' cannot answer now: its engine failed. Try again shortly.",
+            f"The model '{request.called}' cannot answer now: its engine failed. Try again "
+            "shortly.",
             param="model",
             retry_after=1,
         )
     # vLLM's words are for its operator, and in its own log.
-    return InternalError(f"The engine of the model '{request.model}' failed at this request.")
+    return InternalError(f"The engine of the model '{request.called}' failed at this request.")
 
 
 def _refused(told: Object, request: EngineRequest) -> InvalidRequest:

@@ -10,7 +10,7 @@ from llm_engine.api.http import Call, require
 from llm_engine.api.limits import output_field
 from llm_engine.api.operations import Operations
 from llm_engine.api.replicas import Replicas
-from llm_engine.api.requests import EngineRequest, Kind, rename
+from llm_engine.api.requests import EngineRequest, Kind, aimed
 from llm_engine.api.root_signals.shapes import Verification
 from llm_engine.api.upstream import Upstreams
 from llm_engine.catalog import Route
@@ -29,7 +29,7 @@ _PROMPT = "Answer with one word: ready"
 
 class Verifier:
     def __init__(self, services: Services) -> None:
-        self._catalog = services.catalog
+        self._services = services
         self._safe = services.safe
         self._operations = Operations(services)
         self._upstreams = Upstreams(services)
@@ -49,7 +49,7 @@ class Verifier:
         self._under_way += 1
         try:
             async with asyncio.timeout(LONGEST_S):
-                route = self._route(who, asked)
+                route = await self._route(who, asked)
                 answer = await self._try(asked, route)
         except TimeoutError:
             return _failed(asked, f"It did not answer within {LONGEST_S} s.")
@@ -61,13 +61,13 @@ class Verifier:
         usage = answer.get("usage")
         return told | {"usage": usage if isinstance(usage, dict) else None}
 
-    def _route(self, who: Principal, asked: Verification) -> Route:
+    async def _route(self, who: Principal, asked: Verification) -> Route:
         """With a `url`: there. Else what the name means to who asks, in their own name."""
         key = self._safe.seal(asked.api_key) if asked.api_key is not None else None
         if asked.url is not None:
             model = ModelRecord("", who.owner, _UNNAMED, asked.model, asked.url, key)
             return Route(asked.model, who.owner, upstream=model)
-        route = self._catalog.resolve(who, asked.model)
+        route = await self._services.route(who, asked.model)
         if key is None:
             return route
         if route.upstream is None:
@@ -104,7 +104,7 @@ class Verifier:
                 )
             else:
                 assert route.endpoint is not None
-                sent = rename(request, route.endpoint.name, asked.model)
+                sent = aimed(request, route)
                 await self._replicas.serve(reader.call, sent, _AsItIs(), route.endpoint)
         finally:
             reader.call.close()

@@ -98,8 +98,11 @@ class _Creation:
     async def create(self, who: Principal, request: Request) -> BatchRecord:
         """Raises APIError before anything is made."""
 
+        loop = asyncio.get_running_loop()
+
         def exists(model: str) -> None:
-            self._services.catalog.resolve(who, model, Kind.CHAT.task)
+            looking = self._services.route(who, model, Kind.CHAT.task)
+            asyncio.run_coroutine_threadsafe(looking, loop).result()
 
         async with _received(request, self._limit) as body, self._checks:
             asked = await finish(inline.read, body, self._services.settings, exists)

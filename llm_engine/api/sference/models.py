@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends
 
 from llm_engine.api import cold
-from llm_engine.api.openai.models import endpoint_row, registered_row
+from llm_engine.api.openai.models import adapter_row, endpoint_row, registered_row
 from llm_engine.catalog import Catalog, missing
 from llm_engine.errors import APIError
 from llm_engine.records import ModelRecord, Principal
@@ -38,6 +38,8 @@ def build_router(services: Services) -> APIRouter:
 def _rows(catalog: Catalog, who: Principal) -> dict[str, Row]:
     """By name; a registered model hides the endpoint that it is called after."""
     rows = {each.name: _row(endpoint_row(each), each.task) for each in catalog.endpoints(who)}
+    for adapter in catalog.adapters(who):
+        rows[adapter.name] = _row(adapter_row(catalog, who, adapter), "generate")
     for model in catalog.models(who):
         row = registered_row(catalog, who, model)
         rows[model.name] = _row(row, _task(catalog, who, model))
