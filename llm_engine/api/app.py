@@ -17,7 +17,7 @@ from llm_engine.api.auth import Keyring, Scheme
 from llm_engine.api.cold import PRINCIPAL, SERVER_ERROR, Render, build_cold, having
 from llm_engine.api.dispatch import Dispatcher
 from llm_engine.api.http import Call, ClientGone, Receive, Scope, Send, openai_error
-from llm_engine.api.openai import batches, files, models, uploads
+from llm_engine.api.openai import batches, files, fine_tuning, models, uploads
 from llm_engine.api.openai.inference import Inference
 from llm_engine.api.requests import Kind
 from llm_engine.errors import APIError, InternalError, MethodNotAllowed, Overloaded
@@ -61,6 +61,8 @@ def _mount_openai(services: Services, dispatcher: Dispatcher) -> Mount:
     cold.include_router(batches.build_router(services))
     cold.include_router(files.build_router(services))
     cold.include_router(uploads.build_router(services))
+    cold.include_router(fine_tuning.build_router(services))
+    cold.include_router(downloads.build_router(services))
     cold.include_router(admin.build_router(services))
     _add_operations(cold, services)
     return Mount(

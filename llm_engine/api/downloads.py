@@ -1,4 +1,7 @@
-"""Bytes on their way out: whole files and ranges, streamed, and links that need no key."""
+"""Bytes on their way out: whole files and ranges, streamed, and links that need no key.
+
+What files have, the files of an adapter have as well: GET /v1/adapters/{adapter}/files/{name}.
+"""
 
 import asyncio
 import re
@@ -7,18 +10,23 @@ from collections.abc import Callable, Generator, Iterator
 from typing import Any
 from urllib.parse import quote
 
-from fastapi import Request
+from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from llm_engine import records
 from llm_engine.api.blocking import finish
-from llm_engine.api.http import Receive, Scope, Send, openai_error
-from llm_engine.errors import InvalidKey, InvalidRequest
-from llm_engine.records import FileRecord
+from llm_engine.api.cold import principal
+from llm_engine.api.http import Receive, Scope, Send, openai_error, require
+from llm_engine.catalog import missing
+from llm_engine.errors import InvalidKey, InvalidRequest, NotFound, StorageUnavailable
+from llm_engine.fine_tunes import adapters
+from llm_engine.fine_tunes.adapters import AdapterBroken
+from llm_engine.records import AdapterRecord, FileRecord, Principal
 from llm_engine.services import Services
 from llm_engine.storage.base import NoSuchObject, Storage
 from llm_engine.store.files import no_file
 
-_CONTENT = re.compile(r"/v1/files/[^/]+/content")
+_CONTENT = re.compile(r"/v1/(files/[^/]+/content|adapters/[^/]+/files/[^/]+)")
 _SIGNATURE = re.compile(rb"(^|&)signature=")
 _RANGE = re.compile(r"bytes=\s*(\d{0,19})-(\d{0,19})\s*", re.ASCII)
 
@@ -33,6 +41,27 @@ def is_signed(scope: Scope) -> bool:
     )
 
 
+def build_router(services: Services) -> APIRouter:
+    router = APIRouter()
+
+    @router.api_route("/v1/adapters/{adapter}/files/{name}", methods=["GET", "HEAD"])
+    async def adapter_file(adapter: str, name: str, request: Request) -> Response:
+        who = principal(request)
+        if is_signed(request.scope):
+            await check_link(services, request, f"{adapter}/{name}")
+            who = Principal("", frozenset(), sees_all=True)
+        else:
+            require(who, records.Scope.FILES)
+        record = await asyncio.to_thread(services.store.adapters.find, adapter)
+        found = await _files_of(services, record) if record and who.sees(record.owner) else []
+        file = next((file for file in found if file.filename == name), None)
+        if file is None:
+            raise NotFound(f"No such file of an adapter: {adapter[:100]}/{name[:100]}", param="id")
+        return await content(services.storage, request, file)
+
+    return router
+
+
 async def check_link(services: Services, request: Request, file: str) -> None:
     """Raises InvalidKey where the link was not made by us for this file, or has expired."""
     given = request.query_params
@@ -44,6 +73,26 @@ async def check_link(services: Services, request: Request, file: str) -> None:
 
 async def link(services: Services, request: Request, record: FileRecord) -> str:
     """A URL that gives the file's bytes to whoever has it, for storage.link_expires_s."""
+    return await _link(services, request, record, f"/v1/files/{record.id}/content")
+
+
+async def adapter_links(
+    services: Services, request: Request, who: Principal, model: str
+) -> dict[str, str]:
+    """Such a URL for each file of a fine-tuned model, by its name. Raises NotFound, for another
+    owner's too."""
+    record = await asyncio.to_thread(services.store.adapters.get, model)
+    if not who.sees(record.owner):
+        raise missing(model)
+    return {
+        file.filename: await _link(
+            services, request, file, f"/v1/adapters/{record.id}/files/{quote(file.filename)}"
+        )
+        for file in await _files_of(services, record)
+    }
+
+
+async def _link(services: Services, request: Request, record: FileRecord, path: str) -> str:
     seconds = services.settings.storage.link_expires_s
     if services.settings.storage.direct_links:
         direct = await finish(services.storage.link, record.key, seconds, record.filename)
@@ -51,8 +100,29 @@ async def link(services: Services, request: Request, record: FileRecord) -> str:
             return direct
     expires = int(time.time()) + seconds
     signature = (await services.signer()).sign_link(record.id, expires)
-    base = f"{_origin(request)}/v1/files/{record.id}/content"
-    return f"{base}?expires={expires}&signature={quote(signature)}"
+    return f"{_origin(request)}{path}?expires={expires}&signature={quote(signature)}"
+
+
+async def _files_of(services: Services, record: AdapterRecord) -> list[FileRecord]:
+    """What its manifest tells of, as files. Raises NotFound where its bytes are gone."""
+    try:
+        manifest = await finish(adapters.manifest, services.storage, record.id)
+    except NoSuchObject:
+        raise missing(record.name) from None
+    except AdapterBroken as error:
+        raise StorageUnavailable(str(error)) from None
+    return [
+        FileRecord(
+            id=f"{record.id}/{file.name}",
+            owner=record.owner,
+            purpose="adapter",
+            filename=file.name,
+            bytes=file.bytes,
+            created_at=record.created_at,
+            key=f"adapters/{record.id}/{file.name}",
+        )
+        for file in manifest.files
+    ]
 
 
 def _origin(request: Request) -> str:

@@ -132,6 +132,7 @@ class GatewayThread:
             table.endpoints[endpoint.name] = EndpointStatus(
                 endpoint.name, endpoint.model, endpoint.task, EndpointState.READY,
                 max_queue=endpoint.max_queue, max_model_len=8192, created=1,
-                generation=generation(endpoint),
+                generation=generation(endpoint), max_adapters=endpoint.max_adapters,
+                max_adapter_rank=endpoint.max_adapter_rank,
             )  # fmt: skip
         return table

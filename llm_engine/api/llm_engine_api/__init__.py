@@ -7,7 +7,7 @@ from fastapi import APIRouter
 
 from llm_engine.api.dispatch import Dispatcher
 from llm_engine.api.http import Call
-from llm_engine.api.llm_engine_api import batches, endpoints, files
+from llm_engine.api.llm_engine_api import batches, endpoints, files, fine_tunes
 from llm_engine.api.llm_engine_api.completions import Completions
 from llm_engine.errors import APIError
 from llm_engine.services import Services
@@ -22,6 +22,7 @@ def build_router(services: Services) -> APIRouter:
     router = endpoints.build_router(services)
     router.include_router(batches.build_router(services))
     router.include_router(files.build_router(services))
+    router.include_router(fine_tunes.build_router(services))
     return router
 
 

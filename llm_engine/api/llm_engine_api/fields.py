@@ -164,6 +164,23 @@ class BatchChange(_Body):
     priority: Line | None = None
 
 
+class FineTuneBody(_Body):
+    model: Annotated[Line, StringConstraints(min_length=1, max_length=440)]
+    training_file: Annotated[Line, StringConstraints(min_length=1)]
+    validation_file: Annotated[Line, StringConstraints(min_length=1)] | None = None
+    hyperparameters: dict[str, Any] | None = None
+    wandb_config: dict[str, Any] | None = None
+    suffix: (
+        Annotated[str, StringConstraints(min_length=1, max_length=28, pattern=r"^[A-Za-z0-9-]+$")]
+        | None
+    ) = None
+
+
+class ModelDownload(_Body):
+    model_name: Line
+    download_format: Line | None = None
+
+
 class NewEndpoint(_Endpoint):
     name: str
     model_name: Annotated[Line, StringConstraints(min_length=1)]
