@@ -5,7 +5,7 @@
      │            └──────── ModelRouter ◀─────┘
      │                          ▲ state of each endpoint, keys, registered models
      ├──▶ Store (SQL) ──▶ Controller ── one application per endpoint ──▶ Ray Serve
-     │         └────────▶ JobKeeper ─── one job per batch ─────────────▶ Ray Jobs
+     │         └────────▶ JobKeeper ─── one job per batch, fine-tune ──▶ Ray Jobs
      └──▶ Storage (files) ◀── the jobs, which ask the gateway like any client
 
 `build` makes the gateway application: `serve run deployments.app:build config=llm-engine.yaml`,

@@ -46,8 +46,10 @@ class Launcher:
         record: str,
         job: str,
         gateways: list[str],
-        num_cpus: float,
         metadata: dict[str, str],
+        *,
+        num_cpus: float,
+        num_gpus: float = 0,
     ) -> None:
         """Run `python -m MODULE RECORD` as the job named `job`. Raises LaunchError."""
         environment = {
@@ -59,6 +61,7 @@ class Launcher:
             entrypoint=f"exec {shlex.quote(sys.executable)} -m {module} {record}",
             submission_id=job,
             entrypoint_num_cpus=num_cpus,
+            entrypoint_num_gpus=num_gpus or None,
             runtime_env={"env_vars": environment},
             metadata=metadata,
         )

@@ -1,14 +1,15 @@
-"""What the keeper does about each batch that has not ended: a decision from what is known. Pure."""
+"""What the keeper does about each batch and fine-tune that has not ended: a decision from what is
+known. Pure."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from llm_engine.records import BatchRecord
-from llm_engine.statuses import BatchState
+from llm_engine.records import BatchRecord, FineTuneRecord
+from llm_engine.statuses import BatchState, FineTuneState
 
-#: A job whose process runs has so long to claim its batch, in leases.
+#: A job whose process runs has so long to claim its record, in leases.
 CLAIM_LEASES = 4
 
 
@@ -24,7 +25,7 @@ class Deed(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A batch's job as Ray sees it; None where Ray knows of none."""
+    """A record's job as Ray sees it; None where Ray knows of none."""
 
     live: bool
     running: bool
@@ -33,7 +34,7 @@ class Seen:
 
 
 def decide(
-    batches: Sequence[BatchRecord],
+    records: Sequence[BatchRecord] | Sequence[FineTuneRecord],
     jobs: Mapping[str, Seen | None],
     now: float,
     *,
@@ -42,35 +43,36 @@ def decide(
     lease_s: float,
     unclaimed: Mapping[str, int],
 ) -> dict[str, Deed]:
-    """By the batch's id. `jobs`: by the batch's id, too; the last one of each. `unclaimed`: how
+    """By the record's id. `jobs`: by the record's id, too; the last one of each. `unclaimed`: how
     many jobs in a row did not even get as far as to claim it."""
     deeds: dict[str, Deed] = {}
-    waiting: list[BatchRecord] = []
+    waiting: list[BatchRecord | FineTuneRecord] = []
     busy: Counter[str] = Counter()  # jobs, by owner
-    for batch in batches:
-        job = jobs.get(batch.id)
-        leased = batch.worker is not None and batch.lease_until > now
+    for record in records:
+        job = jobs.get(record.id)
+        leased = record.worker is not None and record.lease_until > now
         if leased or (job is not None and job.live):
-            busy[batch.owner] += 1
+            busy[record.owner] += 1
         if leased:
             # Ray saw its process end: no need to wait until the lease does.
             dead = job is not None and not job.live
-            deeds[batch.id] = Deed.RELEASE if dead else Deed.NOTHING
+            deeds[record.id] = Deed.RELEASE if dead else Deed.NOTHING
         elif job is not None and job.live:
             hangs = job.running and job.running_for_s > CLAIM_LEASES * lease_s
-            deeds[batch.id] = Deed.STOP if hangs else Deed.NOTHING
-        elif batch.idle_starts + unclaimed.get(batch.id, 0) >= max_idle_starts:
-            any_rows = batch.state is BatchState.IN_PROGRESS and batch.completed + batch.failed
-            deeds[batch.id] = Deed.CONCLUDE if any_rows else Deed.GIVE_UP
-        elif _is_empty(batch, now):
-            deeds[batch.id] = Deed.END
+            deeds[record.id] = Deed.STOP if hangs else Deed.NOTHING
+        elif record.state is FineTuneState.PAUSED:
+            deeds[record.id] = Deed.NOTHING
+        elif record.idle_starts + unclaimed.get(record.id, 0) >= max_idle_starts:
+            deeds[record.id] = Deed.CONCLUDE if _has_results(record) else Deed.GIVE_UP
+        elif _is_empty(record, now):
+            deeds[record.id] = Deed.END
         else:
-            deeds[batch.id] = Deed.NOTHING
-            waiting.append(batch)
+            deeds[record.id] = Deed.NOTHING
+            waiting.append(record)
     free = max_running - sum(busy.values())
     while waiting and free > 0:
-        # Whoever has the fewest under way comes first; of one owner's, the earliest deadline.
-        following = min(waiting, key=lambda b: (busy[b.owner], b.expires_at, b.id))
+        # Whoever has the fewest under way comes first; of one owner's, the most urgent.
+        following = min(waiting, key=lambda each: (busy[each.owner], _due(each), each.id))
         waiting.remove(following)
         deeds[following.id] = Deed.START
         busy[following.owner] += 1
@@ -78,7 +80,23 @@ def decide(
     return deeds
 
 
-def _is_empty(batch: BatchRecord, now: float) -> bool:
-    """It is over, and no job has ever begun it."""
-    over = batch.state is BatchState.CANCELLING or batch.expires_at <= now
-    return over and batch.starts == 0
+def _has_results(record: BatchRecord | FineTuneRecord) -> bool:
+    """Some of its rows are finished. Of a fine-tune the whole is wanted, or nothing."""
+    return (
+        isinstance(record, BatchRecord)
+        and record.state is BatchState.IN_PROGRESS
+        and record.completed + record.failed > 0
+    )
+
+
+def _is_empty(record: BatchRecord | FineTuneRecord, now: float) -> bool:
+    """It is over, and no job has ever begun it. A fine-tune that is over has ended."""
+    if isinstance(record, FineTuneRecord):
+        return False
+    over = record.state is BatchState.CANCELLING or record.expires_at <= now
+    return over and record.starts == 0
+
+
+def _due(record: BatchRecord | FineTuneRecord) -> float:
+    """When it must have ended; a fine-tune: at once."""
+    return record.expires_at if isinstance(record, BatchRecord) else record.created_at
