@@ -79,8 +79,8 @@ class AdapterCache:
 
     def remove(self, adapter: str) -> bool:
         """False where somebody has it loaded."""
-        if not _ID.fullmatch(adapter):
-            return False
+        if not _ID.fullmatch(adapter) or not self._folder.is_dir():
+            return True  # there is nothing
         lock = self._lock(adapter, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if lock is None:
             return False
@@ -152,11 +152,19 @@ class AdapterCache:
     def _make_room(self) -> None:
         """The least recently used go, but for those that an engine has loaded."""
         found = []
-        for manifest in self._folder.glob("*.json"):
-            path = manifest.with_suffix("")
+        for path in self._folder.iterdir():
             with contextlib.suppress(OSError):
-                size = sum(file.stat().st_size for file in path.iterdir())
-                found.append((path.stat().st_mtime, size, path.name))
+                if not path.is_dir():
+                    continue
+                used_at = path.stat().st_mtime
+                if path.name.startswith("."):  # being fetched, or left behind by who was killed
+                    if used_at < time.time() - LONGEST_S:
+                        shutil.rmtree(path, ignore_errors=True)
+                elif not self._manifest_path(path.name).exists():
+                    self.remove(path.name)
+                else:
+                    size = sum(file.stat().st_size for file in path.iterdir())
+                    found.append((used_at, size, path.name))
         total = sum(size for _, size, _ in found)
         for _, size, adapter in sorted(found):
             if total <= self._max_bytes:

@@ -1,6 +1,7 @@
 """Where a request goes."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -117,3 +118,61 @@ def test_what_is_remembered_of_replicas_is_bounded():
         made.suspect(one)
     made.update(RoutingTable(0, {}, {}))
     assert not made._in_flight and not made._others and not made._suspects
+
+
+def taker(name: str, *adapters: str, depth: int = 0, **changes) -> ReplicaReport:
+    """A replica that takes adapters, with some in memory."""
+    load = Load(running=depth, adapters=adapters)
+    defaults = {"weights": "x", "max_adapters": 2, "load": load}
+    return ReplicaReport("m", name, "1", ReplicaState.READY, **{**defaults, **changes})
+
+
+def test_an_adapter_is_asked_where_it_is_in_memory():
+    made = balancer(taker("a"), taker("b", "ad"), taker("c"), target_queue_depth=8, max_queue=100)
+    picked = {made.choose(made.endpoint("m"), adapter="ad").replica for _ in range(50)}
+    assert picked == {"b"}
+
+
+def test_unless_others_have_clearly_less_to_do():
+    busy, idle = taker("a", "ad", depth=5), taker("b")
+    made = balancer(busy, idle, target_queue_depth=8, max_queue=100)
+    assert made.choose(made.endpoint("m"), adapter="ad").replica == "b"
+    made = balancer(replace(busy, load=replace(busy.load, running=4)), idle, target_queue_depth=8)
+    assert made.choose(made.endpoint("m"), adapter="ad").replica == "a"
+
+
+def test_of_those_that_have_it_the_less_loaded_one_is_asked():
+    made = balancer(taker("a", "ad", depth=3), taker("b", "ad", depth=1), taker("c"))
+    assert made.choose(made.endpoint("m"), adapter="ad").replica == "b"
+
+
+def test_before_anybody_has_it_all_ingresses_pick_the_same_and_adapters_spread():
+    replicas = [taker(f"r{i}") for i in range(8)]
+    one = balancer(*replicas, target_queue_depth=16, max_queue=100)
+    other = balancer(*reversed(replicas), target_queue_depth=16, max_queue=100)
+    homes = set()
+    for i in range(100):
+        home = one.choose(one.endpoint("m"), adapter=f"adapter-{i}").replica
+        assert other.choose(other.endpoint("m"), adapter=f"adapter-{i}").replica == home
+        homes.add(home)
+    assert len(homes) == 8
+
+
+def test_replicas_of_another_version_are_not_asked_for_an_adapter():
+    without, others = taker("a", max_adapters=0), taker("b", weights="y")
+    made = balancer(without, others, taker("c", depth=90), max_queue=100)
+    assert made.choose(made.endpoint("m"), adapter="ad").replica == "c"
+    made = balancer(without, others)
+    with pytest.raises(Unavailable, match="being replaced"):
+        made.choose(made.endpoint("m"), adapter="ad")
+    assert made.choose(made.endpoint("m"))
+
+
+def test_a_suspect_and_a_full_one_are_left_alone_though_they_have_it():
+    made = balancer(taker("a", "ad"), taker("b"), max_queue=2)
+    made.suspect(taker("a"))
+    assert made.choose(made.endpoint("m"), adapter="ad").replica == "b"
+    made = balancer(taker("a", "ad"), taker("b"), max_queue=2, target_queue_depth=100)
+    for _ in range(2):
+        made.acquire(taker("a"))
+    assert made.choose(made.endpoint("m"), adapter="ad").replica == "b"
