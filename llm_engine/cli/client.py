@@ -220,16 +220,21 @@ def endpoint_path(name: str, rest: str = "") -> str:
 
 
 def item_path(collection: str, item: str, rest: str = "") -> str:
-    """Of a file, an upload or a batch."""
+    """Of a file, an upload, a batch, a fine-tune or a model."""
     from urllib.parse import quote
 
     return f"/v1/{collection}/{quote(item, safe='')}{rest}"
 
 
-def list_path(collection: str, **query: object) -> str:
+def list_path(collection: str, **asked: object) -> str:
+    return f"/v1/{collection}{query(**asked)}"
+
+
+def query(**asked: object) -> str:
+    """Without what is None."""
     from urllib.parse import urlencode
 
-    return f"/v1/{collection}?{urlencode({k: v for k, v in query.items() if v is not None})}"
+    return f"?{urlencode({k: v for k, v in asked.items() if v is not None})}"
 
 
 def sse_data(lines: Iterator[str]) -> Iterator[str]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from llm_engine.cli import batches, endpoint_commands, files, keys
+from llm_engine.cli import batches, endpoint_commands, files, fine_tunes, keys
 from llm_engine.cli.options import ApiKey, Config, Json, Url, connect
 from llm_engine.errors import LLMEngineError
 
@@ -47,6 +47,7 @@ app = typer.Typer(
 app.add_typer(endpoint_commands.app, name="endpoints")
 app.add_typer(files.app, name="files")
 app.add_typer(batches.app, name="batches")
+app.add_typer(fine_tunes.app, name="fine-tunes")
 app.add_typer(keys.app, name="keys")
 
 
