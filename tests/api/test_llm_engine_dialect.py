@@ -435,6 +435,6 @@ def test_a_completion_needs_a_name_and_post(served):
 
 def test_unknown_paths_are_404_with_a_detail(served):
     with http(served) as client:
-        for path in ("/llm-engine/", "/llm-engine/v1/nothing", f"{PATH}/fine-tunes"):
+        for path in ("/llm-engine/", "/llm-engine/v1/nothing", f"{PATH}/nothing"):
             answer = client.get(path)
             assert answer.status_code == 404 and isinstance(answer.json()["detail"], str)

@@ -1,8 +1,10 @@
 """Scale's fine-tunes, asked by its real client at a real gateway. No job runs: where one would, the
 test does to the store what a job does."""
 
+import asyncio
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,6 +39,8 @@ def served(tmp_path_factory):
     ]
     with GatewayThread(endpoints, api_keys=[ROOT], sections=sections) as running:
         running.data = folder
+        # The store has it, as the controller puts it there.
+        running.services.store.endpoints.create(endpoints[0], "op", {}, 10)
         yield running
 
 
@@ -378,3 +382,64 @@ def test_there_is_nothing_to_download_of_other_models(scale, served, tuned):
     served.services.storage.put(f"adapters/{tuned.id}/manifest.json", b"{")
     with pytest.raises(scale.errors.ServerError, match="damaged"):
         scale.Model.download(tuned.name)
+
+
+# -- as an endpoint
+
+
+def refresh(served: GatewayThread) -> None:
+    asyncio.run_coroutine_threadsafe(served.refresh(), served.loop).result(10)
+
+
+def test_a_fine_tuned_model_is_shown_as_one_of_the_endpoints(scale, served, tuned, http):
+    shown = scale.Model.get(tuned.name)
+    assert (shown.name, shown.id, shown.model_name) == (tuned.name, tuned.id, "none")
+    assert shown.spec.created_by == "ann" and not shown.spec.public_inference
+    assert shown.spec.metadata == {"fine_tune_id": tuned.fine_tune, "base_model": "fake"}
+    assert shown.status == scale.Model.get("fake").status
+    refresh(served)
+    listed = [model.name for model in scale.Model.list().model_endpoints]
+    assert listed[0] == "fake" and tuned.name in listed
+    path = "/llm-engine/v1/llm/model-endpoints"
+    for order, place in (("newest", 0), ("oldest", -1)):
+        rows = http.get(path, params={"order_by": order}).json()["model_endpoints"]
+        assert rows[place]["name"] == tuned.name
+    (row,) = http.get(path, params={"name": tuned.name}).json()["model_endpoints"]
+    assert row["name"] == tuned.name
+    use(scale, served, key_of(served, "ben", Scope.FILES))
+    assert tuned.name not in [model.name for model in scale.Model.list().model_endpoints]
+    for call in (scale.Model.get, scale.Model.delete):
+        with pytest.raises(scale.errors.NotFoundError):
+            call(tuned.name)
+
+
+def test_a_model_that_its_base_cannot_serve_says_why(scale, served, tuned):
+    table = served.services.balancer.table
+    other = replace(table.endpoints["fake"], model="another")
+    served.services.balancer.update(replace(table, endpoints=table.endpoints | {"fake": other}))
+    try:
+        shown = scale.Model.get(tuned.name)
+    finally:
+        served.services.balancer.update(table)
+    assert shown.status.value == "UPDATE_FAILED"
+    refresh(served)
+    names = [model.name for model in scale.Model.list().model_endpoints]
+    assert tuned.name in names
+
+
+def test_a_fine_tuned_model_is_deleted_with_a_key_that_keeps_files(scale, served, tuned):
+    assert scale.Model.delete(tuned.name).deleted
+    for call in (scale.Model.get, scale.Model.delete, scale.Model.download):
+        with pytest.raises(scale.errors.NotFoundError):
+            call(tuned.name)
+    assert scale.FineTune.get(tuned.fine_tune).status.value == "SUCCESS"
+    with pytest.raises(scale.errors.UnknownError, match="endpoints"):
+        scale.Model.delete("fake")
+
+
+def test_a_checkpoint_can_be_read_and_goes_unlisted(scale, served, file):
+    job = scale.FineTune.create(model="fake", training_file=file).id
+    checkpoint = Work(served, job).run().checkpoint(10)
+    refresh(served)
+    assert scale.Model.get(checkpoint.name).name == checkpoint.name
+    assert checkpoint.name not in [model.name for model in scale.Model.list().model_endpoints]

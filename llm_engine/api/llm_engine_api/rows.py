@@ -7,7 +7,7 @@ from typing import Any
 
 from llm_engine.api.llm_engine_api.settings import EXTRAS, GPU_TYPES, QUANTIZATIONS
 from llm_engine.endpoints import shown_state
-from llm_engine.records import EndpointRecord, EndpointStatus
+from llm_engine.records import AdapterRecord, EndpointRecord, EndpointStatus
 
 LONGEST_REASON = 500
 
@@ -36,6 +36,35 @@ def endpoint_row(record: EndpointRecord, live: EndpointStatus | None) -> Row:
         "chat_template_override": template if isinstance(template, str) else None,
         "spec": _spec(record, described, live)
         | {"status": str(state), "status_reason": reason and reason[:LONGEST_REASON]},
+    }
+
+
+def adapter_row(adapter: AdapterRecord, base: Row, problem: str | None) -> Row:
+    """Of a fine-tuned model; what is not its own is its base's. `problem`: why that cannot serve
+    it."""
+    about = {"fine_tune_id": adapter.fine_tune or "", "base_model": adapter.base}
+    status = "UPDATE_FAILED" if problem else base["status"]
+    spec = base["spec"] | {
+        "id": adapter.id,
+        "name": adapter.name,
+        "destination": adapter.id,
+        "deployment_name": adapter.base,
+        "created_by": adapter.owner,
+        "created_at": _time(adapter.created_at),
+        "last_updated_at": _time(adapter.created_at),
+        "metadata": about,
+        "labels": {},
+        "billing_tags": None,
+        "public_inference": False,
+        "status": status,
+        "status_reason": problem[:LONGEST_REASON] if problem else base["spec"]["status_reason"],
+    }
+    return base | {
+        "id": adapter.id,
+        "name": adapter.name,
+        "status": status,
+        "checkpoint_path": None,
+        "spec": spec,
     }
 
 
