@@ -34,11 +34,9 @@ def record(store: Store, made: AdapterRecord) -> None:
         assert adapters.add(connection, made)
 
 
-def served(
-    store: Store, storage: Storage, folder: Path, weights: bytes = b"weights", **values: Any
-) -> AdapterRecord:
+def served(store: Store, storage: Storage, folder: Path, **values: Any) -> AdapterRecord:
     """One that can be asked."""
     made = adapter(**values)
-    publish(storage, folder_of(folder, weights), made)
+    publish(storage, folder_of(folder), made)
     record(store, made)
     return made

@@ -13,6 +13,7 @@ import uvicorn
 from llm_engine.api.app import build_app
 from llm_engine.config import EndpointSettings, parse
 from llm_engine.endpoints import generation
+from llm_engine.engine.adapters import AdapterSource
 from llm_engine.engine.process import EngineProcess
 from llm_engine.records import EndpointStatus, Load, ReplicaReport, RoutingTable
 from llm_engine.routing import Balancer
@@ -119,13 +120,15 @@ class GatewayThread:
     async def _start_engines(self) -> RoutingTable:
         table = RoutingTable(version=1)
         for endpoint in self._endpoints:
-            engines = [EngineProcess(endpoint) for _ in range(self._replicas)]
+            source = AdapterSource.of(self.settings)
+            engines = [EngineProcess(endpoint, adapters=source) for _ in range(self._replicas)]
             self.engines[endpoint.name] = engines
             addresses = await asyncio.gather(*(engine.start() for engine in engines))
             table.replicas[endpoint.name] = tuple(
                 ReplicaReport(
                     endpoint.name, f"{endpoint.name}-{i}", "1", ReplicaState.READY,
                     address.host, address.port, address.secret,
+                    weights=endpoint.model, max_adapters=endpoint.max_adapters,
                 )
                 for i, address in enumerate(addresses)
             )  # fmt: skip

@@ -153,6 +153,8 @@ def _interrupted() -> APIError:
 
 # -- errors
 
+_ADAPTER_PROBLEMS = frozenset(map(str, AdapterProblem))
+
 
 def engine_error(status: int, body: bytes, request: EngineRequest) -> APIError:
     """What vLLM said, as the error that the caller gets."""
@@ -160,7 +162,7 @@ def engine_error(status: int, body: bytes, request: EngineRequest) -> APIError:
     code = told.get("code")
     if isinstance(code, int) and 400 <= code < 600:
         status = code  # an error inside a stream comes with HTTP status 200
-    if told.get("type") in AdapterProblem:
+    if told.get("type") in _ADAPTER_PROBLEMS:
         return _adapter_problem(AdapterProblem(told["type"]), told, request)
     if status == 503 and told.get("type") != "ServiceUnavailableError":
         return Overloaded(
