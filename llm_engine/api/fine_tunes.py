@@ -80,7 +80,7 @@ class FineTunes:
             return await asyncio.to_thread(self._store.fine_tunes.get, before)
         asked = check_hyperparameters(new.method, new.hyperparameters, new.where)
         base, parent = await self._base(who, new.model)
-        asked = _within_rank(asked, base, new.where)
+        asked = _check_rank(asked, base, parent, new.where)
         await self.file(who, new.training_file, "training_file")
         if new.validation_file is not None:
             await self.file(who, new.validation_file, "validation_file")
@@ -229,19 +229,24 @@ class FineTunes:
         return base, route.adapter
 
 
-def _within_rank(asked: dict[str, Any], base: EndpointStatus, where: str) -> dict[str, Any]:
+def _check_rank(
+    asked: dict[str, Any], base: EndpointStatus, parent: AdapterRecord | None, where: str
+) -> dict[str, Any]:
     """What the endpoint could not serve must not be trained. Raises InvalidRequest."""
     rank, most = asked.get("lora_rank", AUTO), base.max_adapter_rank
     if rank == AUTO:
-        return asked | ({"lora_rank": most} if most < RANK else {})
-    if rank > most:
-        raise InvalidRequest(
-            f"'{where}.lora_rank' must be at most {most}, not {rank}: '{base.name}' serves no "
-            "adapter of a larger rank. Operators: max_adapter_rank in its settings.",
-            param=f"{where}.lora_rank",
-            code="invalid_value",
+        return asked if parent or most >= RANK else asked | {"lora_rank": most}
+    if parent is not None and rank != parent.rank:
+        why = f"'{parent.name}', which this goes on from, has the rank {parent.rank}."
+    elif rank > most:
+        why = (
+            f"'{base.name}' serves no adapter of a larger rank than {most}. Operators: "
+            "max_adapter_rank in its settings."
         )
-    return asked
+    else:
+        return asked
+    param = f"{where}.lora_rank"
+    raise InvalidRequest(f"'{param}' cannot be {rank}: {why}", param=param, code="invalid_value")
 
 
 def _not_tunable(model: str, why: str) -> InvalidRequest:

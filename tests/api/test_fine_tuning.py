@@ -191,7 +191,19 @@ def test_the_rank_is_one_that_the_endpoint_can_serve(jobs, served, http, file):
     method = {"type": "supervised", "supervised": {"hyperparameters": {"lora_rank": 16}}}
     error = refused(http, model="org/small:1", training_file=file, method=method)
     assert error["param"] == "method.supervised.hyperparameters.lora_rank"
-    assert "at most 8" in error["message"]
+    assert "larger rank than 8" in error["message"]
+
+
+def test_the_rank_of_one_that_goes_on_is_its_parents(jobs, served, http):
+    file = keep(served)
+    first = jobs.create(model="org/small:1", training_file=file)
+    parent = Work(served, first.id).run().finish()
+    made = jobs.create(model=parent.name, training_file=file)
+    assert served.services.store.fine_tunes.get(made.id).hyperparameters == {}
+    body = {"model": parent.name, "training_file": file}
+    assert http.post(JOBS, json=body | {"hyperparameters": {"lora_rank": 8}}).status_code == 200
+    error = refused(http, **body, hyperparameters={"lora_rank": 4})
+    assert error["param"] == "hyperparameters.lora_rank" and parent.name in error["message"]
 
 
 # -- what is refused

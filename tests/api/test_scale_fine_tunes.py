@@ -181,7 +181,7 @@ def test_a_file_may_lie_under_a_path(scale, served):
         ({"hyperparameters": {"beta": 0.1}}, "Unknown hyperparameter 'beta'"),
         ({"hyperparameters": {"peft_config": "r=8"}}, "hyperparameters.peft_config"),
         ({"hyperparameters": {"peft_config": {"r": 0}}}, "'hyperparameters.peft_config.r' must"),
-        ({"hyperparameters": {"peft_config": {"r": 64}}}, "'hyperparameters.peft_config.r' must"),
+        ({"hyperparameters": {"peft_config": {"r": 64}}}, "'hyperparameters.peft_config.r' cannot"),
         ({"hyperparameters": {"peft_config": {"use_dora": True}}}, "peft_config.use_dora"),
         ({"training_file": "https://example.org/train.csv"}, "not fetched here"),
         ({"training_file": "/etc/passwd"}, "in no place that may be read"),
