@@ -143,6 +143,28 @@ def test_vllm_args_of_the_endpoint_win_over_defaults_but_not_over_what_must_be()
     assert effective_args(spec(task="embed"), on_cpu=False)["runner"] == "pooling"
 
 
+def test_adapters_are_off_unless_asked_for_and_leave_a_slot_empty_on_cpus():
+    assert "enable_lora" not in effective_args(spec(), on_cpu=True)
+    taking = spec(max_adapters=4, max_adapter_rank=32)
+    on_cpu, on_gpu = effective_args(taking, on_cpu=True), effective_args(taking, on_cpu=False)
+    assert on_cpu["enable_lora"] is True and on_cpu["max_lora_rank"] == 32
+    assert (on_cpu["max_loras"], on_cpu["max_cpu_loras"]) == (5, 5)
+    assert (on_gpu["max_loras"], on_gpu["max_cpu_loras"]) == (4, 16)
+
+
+def test_the_demo_chat_model_takes_adapters_by_default_and_others_when_told():
+    assert settings(model="builtin:chat").max_adapters == 4
+    assert settings(model="builtin:chat", max_adapters=0).max_adapters == 0
+    assert settings(model="org/model").max_adapters == 0
+    with pytest.raises(ValueError, match="max_adapters is for endpoints that generate"):
+        settings(task="embed", max_adapters=1)
+    for name, instead in (("max-loras", "max_adapters"), ("max_lora_rank", "max_adapter_rank")):
+        with pytest.raises(ValueError, match=f"set `{instead}` of the endpoint"):
+            settings(vllm_args={name: 8})
+    with pytest.raises(ValueError, match="8, 16, 32"):
+        settings(max_adapter_rank=7)
+
+
 def test_args_become_a_command_line():
     args = {"max_model_len": 8, "enforce_eager": True, "enable_x": False, "no": None,
             "some_config": {"a": 1}, "allowed": ["x", "y"]}  # fmt: skip

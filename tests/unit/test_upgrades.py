@@ -15,11 +15,14 @@ from ray.serve.context import _get_global_client
 
 def functions(module: str) -> dict[str, list[str]]:
     """The functions of a vLLM module, by name, with their parameters' names."""
-    root = Path(importlib.util.find_spec("vllm").origin).parent
-    path = root.joinpath(*module.split(".")[1:]).with_suffix(".py")
-    nodes = ast.walk(ast.parse(path.read_text()))
+    nodes = ast.walk(ast.parse(source_of(module)))
     made = [n for n in nodes if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     return {n.name: [a.arg for a in n.args.args + n.args.kwonlyargs] for n in made}
+
+
+def source_of(module: str) -> str:
+    root = Path(importlib.util.find_spec("vllm").origin).parent
+    return root.joinpath(*module.split(".")[1:]).with_suffix(".py").read_text()
 
 
 def test_vllms_launcher():
@@ -48,3 +51,18 @@ def test_rays_grpc_port_is_opened_by_the_function_that_we_narrow():
 
 def test_serve_tells_its_http_host():
     assert callable(_get_global_client) and isinstance(ServeControllerClient.http_config, property)
+
+
+def test_vllm_takes_and_gives_back_adapters():
+    models = functions("vllm.entrypoints.openai.models.serving")
+    assert models["resolve_lora"] == ["self", "lora_name"]
+    source = source_of("vllm.entrypoints.openai.models.serving")
+    assert "self.lora_requests: dict[str, LoRARequest] = {}" in source
+    assert "self.lora_resolver_lock: dict[str, Lock]" in source
+    assert "get_supported_resolvers()" in source, "it takes them from the registry when it is made"
+    assert "state.openai_serving_models =" in source_of(
+        "vllm.entrypoints.launchers.api_server.app_state"
+    )
+    client = functions("vllm.v1.engine.async_llm")
+    assert {"list_loras", "remove_lora", "errored", "dead_error"} <= client.keys()
+    assert client["remove_lora"] == ["self", "lora_id"]
