@@ -32,7 +32,7 @@ class Unfit(LLMEngineError):
 class Inputs:
     train: Path
     valid: Path | None
-    weights: str  # a folder, or a Hugging Face id
+    weights: str  # builtin:chat, a folder, or a Hugging Face id
     parent: Path | None
 
 
@@ -135,9 +135,9 @@ def _split(train: Path, valid: Path, count: int, share: float, seed: int) -> Non
 
 def _weights(record: FineTuneRecord) -> str:
     kind, _, name = record.weights.partition(":")
-    if kind == "builtin" and name in BUILTIN:
-        return str(BUILTIN[name])
     path = Path(record.weights).expanduser()
+    if kind == "builtin" and name in BUILTIN:
+        return record.weights
     if path.is_dir():
         return str(path.absolute())
     if kind == "builtin" or path.is_absolute():

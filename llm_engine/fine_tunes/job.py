@@ -234,7 +234,10 @@ class Job:
                 await self._keeping.finish(event)
             case "stopped":
                 if event.get("path") and event["step"] > self._keeping.step:
-                    await self._keeping.keep(event)
+                    plan = self._lease.record.plan or {}
+                    per_epoch = plan["total_steps"] // plan["n_epochs"]
+                    ends = event["step"] % per_epoch == 0
+                    await self._keeping.keep(event | {"epoch_end": ends})
                 await self._stopped()
             case "failed":
                 raise Unfit(

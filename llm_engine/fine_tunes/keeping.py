@@ -35,6 +35,7 @@ class Keeping:
         self._checkpoints = Checkpoints(storage, lease.record.id, lease.tag)
         self._rows = results.Rows()  # since then
         self._tokens = 0  # trained on so far
+        self._measured: dict[str, float] = {}  # by the last step
 
     @property
     def step(self) -> int:
@@ -48,6 +49,7 @@ class Keeping:
     def count(self, event: dict[str, Any]) -> None:
         """A step."""
         self._rows.add(event)
+        self._measured = {k: v for k, v in event.items() if k.startswith(("train_", "valid_"))}
         self._tokens = event.get("tokens") or self._tokens
 
     async def resume(self, folder: Path) -> Path | None:
@@ -72,7 +74,7 @@ class Keeping:
                 folder,
                 step,
                 epoch_end=bool(event.get("epoch_end")),
-                metrics=_numbers(event.get("metrics")),
+                metrics=_numbers(event.get("metrics") or self._measured),
                 history=() if self.kept is None else self.kept.history,
                 rows=self._rows.up_to(step),
                 tokens=self._tokens,
