@@ -15,14 +15,15 @@ from llm_engine.demo import EXAMPLES, lessons
 from tests.api.test_llm_engine_dialect import import_client, use
 from tests.support.cluster import Cluster, eventually
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # a minute each, on two idle cores
 
 BASE = "demo-chat"
 ENDED = ("succeeded", "failed", "cancelled")
-TIMEOUT_S = 400
+TIMEOUT_S = 900
 Row = dict[str, Any]
 #: What Scale's fine-tune learns: nothing that the model could know.
 WORDS = {"red": "falcon", "blue": "anchor", "green": "pepper", "white": "candle"}
+TWICE = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 2}}}
 #: Long enough for somebody to come in between.
 LONG = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 50}}}
 
@@ -75,9 +76,9 @@ def tuned(client: OpenAI, training: str) -> Any:
     valid = client.files.create(file=(path.name, path.read_bytes()), purpose="fine-tune")
     made = client.fine_tuning.jobs.create(
         model=BASE, training_file=training, validation_file=valid.id, suffix="support", seed=1,
-        metadata={"lesson": "support"},
+        metadata={"lesson": "support"}, method=TWICE,
     )  # fmt: skip
-    assert made.status == "validating_files" and made.hyperparameters.n_epochs == "auto"
+    assert made.status == "validating_files" and made.hyperparameters.batch_size == "auto"
     return wait(client, made.id, "succeeded")
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Required
 import orjson
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
-from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter
 from typing_extensions import TypedDict
 
 from llm_engine.api.batches import Batches, NewBatch
@@ -102,7 +102,7 @@ def build_router(services: Services) -> APIRouter:
         try:
             return _answer(await batches.create(who, new, asked["input_file_id"], first))
         except Conflict as error:
-            return _final(error)
+            return final(error)
 
     @router.get("/v1/batches")
     async def list_batches(
@@ -122,25 +122,17 @@ def build_router(services: Services) -> APIRouter:
         try:
             return _answer(await batches.cancel(who, batch))
         except Conflict as error:
-            return _final(error)
+            return final(error)
 
     return router
 
 
 def parse(data: Values) -> Values:
     """The body of a new batch, checked: NewBatchBody. Raises InvalidRequest."""
-    try:
-        asked = _SHAPE.validate_python(data)
-    except ValidationError as error:
-        for item in error.errors(include_url=False):
-            if item["type"] == "extra_forbidden":
-                param = problems.param_of(item["loc"])
-                message = f"Unknown parameter: '{param}'."
-                raise problems.invalid(message, param, "unknown_parameter") from None
-        raise problems.from_validation(error, data) from None
+    asked = problems.parse(_SHAPE, data)
     _check_endpoint(asked["endpoint"])
     window_seconds(asked["completion_window"])
-    return dict(asked)
+    return asked
 
 
 def _check_endpoint(endpoint: str) -> None:
@@ -241,7 +233,7 @@ def _second(at: float | None) -> int | None:
     return None if at is None else int(at)
 
 
-def _final(error: Conflict) -> Response:
+def final(error: Conflict) -> Response:
     """OpenAI's clients would try a 409 twice more; this one stays what it is."""
     headers = {"x-should-retry": "false"}
     return Response(openai_error(error), error.status, headers, media_type="application/json")

@@ -8,14 +8,14 @@ from typing import Annotated, Any, Literal, Required
 import orjson
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response
-from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, StringConstraints, TypeAdapter
 from typing_extensions import TypedDict
 
 from llm_engine.api.cold import having, read_json
 from llm_engine.api.fine_tunes import PARENT, FineTunes, NewFineTune
-from llm_engine.api.http import openai_error
 from llm_engine.api.once import once
 from llm_engine.api.openai import problems
+from llm_engine.api.openai.batches import final
 from llm_engine.api.openai.files import list_row
 from llm_engine.errors import Conflict, InvalidRequest
 from llm_engine.fine_tunes.names import openai_name
@@ -110,7 +110,7 @@ def build_router(services: Services) -> APIRouter:
         try:
             return _answer(await fine_tunes.create(who, new, first))
         except Conflict as error:
-            return _final(error)
+            return final(error)
 
     @router.get(PATH)
     async def list_jobs(
@@ -188,15 +188,7 @@ def parse(data: Values) -> Values:
             "integrations",
             "unsupported_parameter",
         )
-    try:
-        return dict(_SHAPE.validate_python(data))
-    except ValidationError as error:
-        for item in error.errors(include_url=False):
-            if item["type"] == "extra_forbidden":
-                param = problems.param_of(item["loc"])
-                message = f"Unknown parameter: '{param}'."
-                raise problems.invalid(message, param, "unknown_parameter") from None
-        raise problems.from_validation(error, data) from None
+    return problems.parse(_SHAPE, data)
 
 
 def method_of(asked: Values) -> tuple[str, Values, str]:
@@ -345,12 +337,6 @@ def _unknown_cursor(after: str) -> InvalidRequest:
         "after",
         "invalid_value",
     )
-
-
-def _final(error: Conflict) -> Response:
-    """OpenAI's clients would try a 409 twice more; this one stays what it is."""
-    headers = {"x-should-retry": "false"}
-    return Response(openai_error(error), error.status, headers, media_type="application/json")
 
 
 def _answer(record: FineTuneRecord) -> Response:

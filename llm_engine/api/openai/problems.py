@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import orjson
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from llm_engine.errors import InvalidRequest
 
@@ -40,6 +40,21 @@ _EXPECTED = {
     "dict_type": "an object",
     "model_attributes_type": "an object",
 }
+
+
+def parse(shape: TypeAdapter[Any], data: Any) -> dict[str, Any]:
+    """A body of a shape that knows all of its fields. Raises InvalidRequest, first of all for one
+    that it does not know."""
+    try:
+        return dict(shape.validate_python(data))
+    except ValidationError as error:
+        for item in error.errors(include_url=False):
+            if item["type"] == "extra_forbidden":
+                param = param_of(item["loc"])
+                raise invalid(
+                    f"Unknown parameter: '{param}'.", param, "unknown_parameter"
+                ) from None
+        raise from_validation(error, data) from None
 
 
 def from_validation(error: ValidationError, data: Any) -> InvalidRequest:
