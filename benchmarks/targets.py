@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 
 from benchmarks.processes import MARK, Clock
-from llm_engine.config import BUILTIN, EndpointSettings
+from llm_engine.config import EndpointSettings
 from llm_engine.engine import vllm
 from llm_engine.engine.base import HEADER_SECRET
 from llm_engine.engine.process import EngineProcess, engine_environment
@@ -195,19 +195,7 @@ class RayServeLLM(Target):
 
 def spec_of(endpoint: EndpointSettings) -> EngineSpec:
     """What EngineProcess would tell an engine process."""
-    builtin = endpoint.model.startswith("builtin:")
-    folder = BUILTIN.get(endpoint.model.removeprefix("builtin:"))
-    return EngineSpec(
-        name=endpoint.name,
-        model=str(folder) if builtin else endpoint.model,
-        task=endpoint.task,
-        host=HOST,
-        secret="",
-        max_queue=endpoint.max_queue,
-        tensor_parallel_size=endpoint.tensor_parallel_size,
-        builtin=builtin,
-        vllm_args=endpoint.vllm_args,
-    )
+    return EngineSpec.of(endpoint, HOST)
 
 
 def engine_args(endpoint: EndpointSettings) -> dict[str, Any]:

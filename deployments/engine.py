@@ -58,7 +58,7 @@ class EngineReplica:
             state=ReplicaState.STARTING,
             began_at=time.time(),
             weights=settings.model,
-            max_adapters=settings.max_adapters,
+            max_adapters=settings.adapter_slots,
         )
         self._missed = 0
         self._asked_at = 0.0  # what has been deleted of the adapters in memory

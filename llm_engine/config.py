@@ -173,8 +173,8 @@ class EndpointSettings(Section):
     max_queue: int = Field(
         256, ge=1, description="Requests a replica holds, running and waiting; more get 429."
     )
-    max_adapters: int = Field(
-        0,
+    max_adapters: int | None = Field(
+        None,
         ge=0,
         le=128,
         description="Adapters (LoRA) that a replica computes with at a time; where more are asked "
@@ -204,6 +204,12 @@ class EndpointSettings(Section):
     @property
     def tensor_parallel_size(self) -> int:
         return int(self.vllm_args.get("tensor_parallel_size", 1))
+
+    @property
+    def adapter_slots(self) -> int:
+        if self.max_adapters is None:
+            return DEMO_ADAPTERS if self.model == "builtin:chat" else 0
+        return self.max_adapters
 
     @property
     def priorities(self) -> bool:
@@ -241,13 +247,6 @@ class EndpointSettings(Section):
         if name.endswith("/events"):
             raise ValueError("'/events' at the end is the path of an endpoint's events")
         return name
-
-    @model_validator(mode="before")
-    @classmethod
-    def _demo_takes_adapters(cls, data: Any) -> Any:
-        if isinstance(data, dict) and data.get("model") == "builtin:chat":
-            return {"max_adapters": DEMO_ADAPTERS} | data
-        return data
 
     @model_validator(mode="after")
     def _adapters_of_what_generates(self) -> Self:

@@ -95,7 +95,7 @@ def derive(
         phases=phases,
         eta_s=_remaining(seen, now) if starting else None,
         last_error=seen.last_error,
-        max_adapters=settings.max_adapters,
+        max_adapters=settings.adapter_slots,
         max_adapter_rank=settings.max_adapter_rank,
     )
 

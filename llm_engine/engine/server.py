@@ -79,7 +79,7 @@ class EngineSpec:
             builtin=builtin,
             vllm_args=settings.vllm_args,
             weights=settings.model,
-            max_adapters=settings.max_adapters,
+            max_adapters=settings.adapter_slots,
             max_adapter_rank=settings.max_adapter_rank,
             adapters=asdict(adapters) if adapters is not None else None,
         )

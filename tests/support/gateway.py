@@ -128,14 +128,14 @@ class GatewayThread:
                 ReplicaReport(
                     endpoint.name, f"{endpoint.name}-{i}", "1", ReplicaState.READY,
                     address.host, address.port, address.secret,
-                    weights=endpoint.model, max_adapters=endpoint.max_adapters,
+                    weights=endpoint.model, max_adapters=endpoint.adapter_slots,
                 )
                 for i, address in enumerate(addresses)
             )  # fmt: skip
             table.endpoints[endpoint.name] = EndpointStatus(
                 endpoint.name, endpoint.model, endpoint.task, EndpointState.READY,
                 max_queue=endpoint.max_queue, max_model_len=8192, created=1,
-                generation=generation(endpoint), max_adapters=endpoint.max_adapters,
+                generation=generation(endpoint), max_adapters=endpoint.adapter_slots,
                 max_adapter_rank=endpoint.max_adapter_rank,
             )  # fmt: skip
         return table

@@ -153,9 +153,9 @@ def test_adapters_are_off_unless_asked_for_and_leave_a_slot_empty_on_cpus():
 
 
 def test_the_demo_chat_model_takes_adapters_by_default_and_others_when_told():
-    assert settings(model="builtin:chat").max_adapters == 4
-    assert settings(model="builtin:chat", max_adapters=0).max_adapters == 0
-    assert settings(model="org/model").max_adapters == 0
+    assert settings(model="builtin:chat").adapter_slots == 4
+    assert settings(model="builtin:chat", max_adapters=0).adapter_slots == 0
+    assert settings(model="org/model").adapter_slots == 0
     with pytest.raises(ValueError, match="max_adapters is for endpoints that generate"):
         settings(task="embed", max_adapters=1)
     for name, instead in (("max-loras", "max_adapters"), ("max_lora_rank", "max_adapter_rank")):
