@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 
 from llm_engine import patience
-from llm_engine.errors import StorageUnavailable, StoreUnavailable
+from llm_engine.errors import StorageUnavailable
 from llm_engine.fine_tunes.job import Job
 from llm_engine.fine_tunes.results import MOST_EVENTS
 from llm_engine.ids import new_id
 from llm_engine.statuses import FineTuneState
 from tests.support.cluster import eventually
 from tests.support.fake_trainer import FIRST, learned, loss_of
-from tests.support.fine_tunes import Bench, example, fine_tune_record, jsonl
+from tests.support.fine_tunes import Bench, example, fine_tune_record, freeze, jsonl
 
 SLOW = {"step_s": 0.05}
 FAKE = [sys.executable, "-m", "tests.support.fake_trainer"]
@@ -34,22 +34,6 @@ def bench(tmp_path_factory) -> Iterator[Bench]:
     bench.close()
 
 
-def succeeded(bench: Bench, tune, folder, steps: int) -> None:
-    """As if nothing had ever interrupted it."""
-    record = bench.get(tune)
-    assert record.state is _S.SUCCEEDED, (record.reason, record.error)
-    assert (record.step, record.total_steps, record.worker) == (steps, steps, None)
-    assert bench.learned(record.adapter, folder / record.adapter) == learned(steps)
-    assert [int(row["step"]) for row in bench.rows(tune)] == list(range(1, steps + 1))
-    assert [row["train_loss"] for row in bench.rows(tune)] == [
-        f"{loss_of(learned(step)):.6g}" for step in range(1, steps + 1)
-    ]
-    told = bench.told_steps(tune)
-    assert told == sorted(set(told)) and {1, steps} <= set(told)
-    assert bench.left_over(tune) == [f"fine_tunes/{tune.id}/results.csv"]
-    assert list(bench.temporary.glob("llm-engine-fine-tune-*")) == []
-
-
 # -- from beginning to end
 
 
@@ -57,7 +41,7 @@ def test_a_file_becomes_a_model(bench, tmp_path):
     tune = bench.tune(40, valid=8)  # of 4 a step, twice
     code, printed, record = bench.run(tune)
     assert code == 0, printed
-    succeeded(bench, tune, tmp_path, 20)
+    bench.verify(tune, tmp_path, 20)
     assert record.trained_tokens == 800 and record.plan["n_epochs"] == 2
     assert (record.error, record.reason, record.idle_starts) == (None, None, 0)
     order = ["validating_files", "queued", "running", "succeeded"]
@@ -270,31 +254,16 @@ def run_until(bench: Bench, tune, step: int, then) -> tuple[int, str, Any]:
     return job.returncode, printed, bench.get(tune)
 
 
-def trainers(bench: Bench) -> list[int]:
-    """The pids of trainers of this bench's jobs."""
-    import psutil
-
-    found = []
-    for process in psutil.process_iter():
-        try:
-            mine = process.environ().get("TMPDIR") == str(bench.temporary)
-            if mine and process.cmdline()[1:] == FAKE[1:]:
-                found.append(process.pid)
-        except psutil.Error:
-            continue
-    return found
-
-
 def test_told_to_stop_it_keeps_a_checkpoint_and_another_job_goes_on(bench, tmp_path):
     tune = bench.tune(40, SLOW)
     code, printed, record = run_until(bench, tune, 4, lambda job: job.terminate())
     assert code == 1 and "told to stop" in printed and "Traceback" not in printed
     assert (record.state, record.worker, record.idle_starts) == (_S.RUNNING, None, 0)
-    assert record.reason == "its job was told to stop" and trainers(bench) == []
+    assert record.reason == "its job was told to stop" and bench.trainers() == []
     at = record.step
     code, printed, record = bench.run(tune)
     assert code == 0, printed
-    succeeded(bench, tune, tmp_path, 20)
+    bench.verify(tune, tmp_path, 20)
     assert f"Training goes on from the checkpoint at step {at}" in bench.messages(tune)
 
 
@@ -315,13 +284,13 @@ def test_a_paused_one_rests_and_goes_on_where_it_was(bench, tmp_path):
         bench, tune, 4, lambda _: bench.store.fine_tunes.pause(tune.id)
     )
     assert (code, record.state, record.worker) == (0, _S.PAUSED, None), printed
-    assert record.step >= 4 and record.idle_starts == 0 and trainers(bench) == []
+    assert record.step >= 4 and record.idle_starts == 0 and bench.trainers() == []
     at = record.step
     code, printed, record = bench.run(tune)
     assert code == 0 and "nothing to do" in printed and record.state is _S.PAUSED
     assert bench.store.fine_tunes.resume(tune.id).state is _S.QUEUED
     bench.run(tune)
-    succeeded(bench, tune, tmp_path, 20)
+    bench.verify(tune, tmp_path, 20)
     texts = bench.messages(tune)
     assert texts[texts.index("The job was paused") :][:3] == [
         "The job was paused",
@@ -355,7 +324,7 @@ def test_a_cancelled_one_leaves_nothing_behind(bench):
     )
     assert (code, record.state, record.adapter) == (0, _S.CANCELLED, None)
     assert "nothing to do" in printed and time.monotonic() - began < 15
-    assert bench.left_over(tune) == [] and trainers(bench) == []
+    assert bench.left_over(tune) == [] and bench.trainers() == []
     assert list(bench.temporary.glob("llm-engine-fine-tune-*")) == []
     assert bench.messages(tune)[-1] == "The job was cancelled"
 
@@ -367,17 +336,6 @@ def test_one_that_somebody_works_on_or_that_has_ended_is_left_alone(bench):
     assert code == 0 and record.worker == "another" and "nothing to do" in printed
     with bench.start(fine_tune_record()) as job:
         assert "nothing to do" in job.communicate(timeout=20)[0] and job.returncode == 0
-
-
-def freeze(bench: Bench, job: subprocess.Popen[str]) -> None:
-    """At a moment when it keeps nobody else from writing: SQLite has one writer."""
-    while True:
-        job.send_signal(signal.SIGSTOP)
-        try:
-            with bench.store.database.writing():
-                return
-        except StoreUnavailable:
-            job.send_signal(signal.SIGCONT)
 
 
 def test_what_a_zombie_does_counts_for_nothing(bench, tmp_path):
@@ -393,7 +351,7 @@ def test_what_a_zombie_does_counts_for_nothing(bench, tmp_path):
             zombie.send_signal(signal.SIGCONT)
         printed, _ = zombie.communicate(timeout=20)
     assert zombie.returncode == 0 and "nothing to do" in printed
-    succeeded(bench, tune, tmp_path, 20)
+    bench.verify(tune, tmp_path, 20)
 
 
 # -- what dies
@@ -407,7 +365,7 @@ def test_a_trainer_that_dies_is_started_again_by_the_next_job(bench, tmp_path):
     assert record.reason.startswith("its trainer died") and "SIGKILL" in record.reason
     assert 0 < record.step < 15
     bench.run(tune)
-    succeeded(bench, tune, tmp_path, 20)
+    bench.verify(tune, tmp_path, 20)
 
 
 def test_one_whose_trainer_always_dies_fails_and_says_why(bench):
@@ -436,7 +394,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_from(bench, tmp_path):
     key = next(k for k in bench.left_over(tune) if k.endswith("/trainer_state.json"))
     bench.storage.put(key, b"{}")
     bench.run(tune)
-    succeeded(bench, tune, tmp_path, 20)
+    bench.verify(tune, tmp_path, 20)
     texts = bench.messages(tune)
     assert f"The checkpoint at step {record.step} is damaged and cannot be used" in texts
     assert any(text.startswith("Training starts again from the beginning") for text in texts)
@@ -458,7 +416,7 @@ def test_a_storage_that_is_away_for_long_counts_against_no_fine_tune(bench, monk
     assert record.reason == "its storage is away: The storage does not answer."
     monkeypatch.undo()
     bench.run(tune)
-    succeeded(bench, tune, tmp_path, 20)
+    bench.verify(tune, tmp_path, 20)
 
 
 @pytest.mark.slow
@@ -471,7 +429,7 @@ def test_a_store_that_is_away_for_longer_than_a_lease_is_waited_out(bench, tmp_p
 
     code, printed, record = run_until(bench, tune, 4, lock)
     assert code == 0 and record.starts == 1, printed
-    succeeded(bench, tune, tmp_path, 20)
+    bench.verify(tune, tmp_path, 20)
 
 
 # -- the process

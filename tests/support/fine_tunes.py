@@ -1,9 +1,11 @@
 """Fine-tunes for tests: training files, records, and `python -m jobs.fine_tune` as a process."""
 
+import contextlib
 import csv
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -11,8 +13,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 from llm_engine import files
 from llm_engine.config import Settings, dump, parse
+from llm_engine.errors import StoreUnavailable
 from llm_engine.fine_tunes import adapters
 from llm_engine.fine_tunes.adapters import Manifest
 from llm_engine.ids import new_id
@@ -20,9 +25,11 @@ from llm_engine.records import AdapterRecord, FineTuneEvent, FineTuneRecord
 from llm_engine.statuses import FineTuneState
 from llm_engine.storage.opening import open_storage
 from llm_engine.store.sql import Store
+from tests.support.fake_trainer import learned, loss_of
 
 Job = subprocess.Popen[str]
 ROOT = Path(__file__).parents[2]
+TRAINERS = (["tests.support.fake_trainer"], ["llm_engine.fine_tunes.trainer"])
 LIMITS = {"lease_s": 2, "checkpoint_every_s": 0.2}
 
 
@@ -147,3 +154,49 @@ class Bench:
     def left_over(self, tune: FineTuneRecord) -> list[str]:
         """What it keeps to go on from."""
         return [each.key for each in self.storage.list(f"fine_tunes/{tune.id}/")]
+
+    def trainers(self, of: FineTuneRecord | None = None) -> list[psutil.Process]:
+        """The processes that train for this bench's jobs."""
+        found = []
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                job = process.parent()
+                if process.cmdline()[2:] not in TRAINERS or job is None:
+                    continue
+                if process.environ().get("TMPDIR") == str(self.temporary):
+                    if of is None or job.cmdline()[-1] == of.id:
+                        found.append(process)
+        return found
+
+    def verify(self, tune: FineTuneRecord, folder: Path, steps: int) -> None:
+        """Of the trainer that learns nothing: it ended as if nothing had ever interrupted it."""
+        record = self.get(tune)
+        assert record.state is FineTuneState.SUCCEEDED, (record.state, record.reason, record.error)
+        assert (record.step, record.total_steps, record.worker) == (steps, steps, None)
+        assert self.learned(record.adapter, folder / record.adapter) == learned(steps)
+        rows = self.rows(tune)
+        assert [int(row["step"]) for row in rows] == list(range(1, steps + 1))
+        losses = [f"{loss_of(learned(step)):.6g}" for step in range(1, steps + 1)]
+        assert [row["train_loss"] for row in rows] == losses
+        told = self.told_steps(tune)
+        assert told == sorted(set(told)) and {1, steps} <= set(told)
+        texts = self.messages(tune)
+        for text in ("Files validated", "Fine-tuning job started", "New fine-tuned", "Checkpoint"):
+            matching = [each for each in texts if each.startswith(text)]
+            assert matching and len(matching) == len(set(matching)), texts
+        kept = [each.step for each in self.checkpoints(tune)]
+        assert kept == sorted(kept) and kept[-1] == steps, kept
+        for each in self.checkpoints(tune):
+            assert self.learned(each.id, folder / each.id) == learned(each.step)
+        assert self.left_over(tune) == [f"fine_tunes/{tune.id}/results.csv"]
+
+
+def freeze(bench: Bench, job: Job) -> None:
+    """At a moment when it keeps nobody else from writing: SQLite has one writer."""
+    while True:
+        job.send_signal(signal.SIGSTOP)
+        try:
+            with bench.store.database.writing():
+                return
+        except StoreUnavailable:
+            job.send_signal(signal.SIGCONT)
