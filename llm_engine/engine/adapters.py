@@ -7,6 +7,7 @@ and after that until its place is needed or it is deleted; its folder stays on t
 
 import asyncio
 import logging
+import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import asynccontextmanager, suppress
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 
 from llm_engine.config import Settings
 from llm_engine.engine.base import AdapterProblem
-from llm_engine.engine.turns import Turns
+from llm_engine.engine.turns import Pace, Turns
 
 logger = logging.getLogger("llm_engine.engine")
 
@@ -74,7 +75,8 @@ class Adapters:
         self._host = host
         self._weights = weights
         self._kept = kept
-        self._turns = Turns(slots, most_waiting)
+        self._pace = Pace()
+        self._turns = Turns(slots, most_waiting, self._wait_s)
         self._loaded: OrderedDict[str, Any] = OrderedDict()  # Opened, by adapter: last used last
         self._users: Counter[str] = Counter()
         self._deleted: set[str] = set()  # those in use that go once nobody uses them any more
@@ -131,6 +133,9 @@ class Adapters:
 
     # -- inside
 
+    def _wait_s(self, adapter: str) -> float:
+        return 0.0 if adapter in self._loaded else self._pace.wait_s()
+
     async def _fetch(self, adapter: str) -> None:
         """Onto this node's disk; once, however many ask."""
         task = self._fetching.get(adapter)
@@ -149,10 +154,12 @@ class Adapters:
             if adapter in self._loaded:
                 return
             opened = await self._opened(adapter)
+            began = time.monotonic()
             try:
                 while len(self._loaded) >= self._kept:
                     await self._unload(next(a for a in self._loaded if a not in self._users))
                 await self._host.load(adapter, opened.path)
+                self._pace.spend(time.monotonic() - began)
             except BaseException:
                 opened.close()
                 raise

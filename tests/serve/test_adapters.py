@@ -166,10 +166,6 @@ def test_a_new_engine_loads_what_its_predecessor_had(cluster, tuner):
     answer = ask(client, one.name)
     for process in cluster.engines("demo-chat"):
         process.kill()
-    with pytest.raises(openai.APIStatusError):
-        for _ in range(4):
-            ask(client, one.name)
-    cluster.wait_until("demo-chat", "READY")
 
     def answers() -> bool:
         try:
@@ -177,5 +173,5 @@ def test_a_new_engine_loads_what_its_predecessor_had(cluster, tuner):
         except openai.APIStatusError:
             return False
 
-    assert eventually(answers, 60, 1)
+    assert eventually(answers, 240, 1)
     assert ask(client) == PLAIN

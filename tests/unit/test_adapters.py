@@ -55,10 +55,14 @@ class Fixture:
         publish(self.storage, folder_of(self.folder / "trained" / made.id), made)
         return made.id
 
-    async def ask(self, name: str, seconds: float = 0.0) -> None:
+    async def ask(
+        self, name: str, seconds: float = 0.0, until: asyncio.Event | None = None
+    ) -> None:
         async with self.adapters.use(name):
             assert name in self.engine.has
             await asyncio.sleep(seconds)
+            if until is not None:
+                await until.wait()
 
 
 @pytest.fixture
@@ -128,11 +132,14 @@ async def test_an_adapter_of_other_weights_is_not_loaded(made):
 
 async def test_a_deleted_adapter_goes_when_the_last_request_has_ended(made):
     one = made.publish()
-    running = asyncio.create_task(made.ask(one, 0.1))
-    await asyncio.sleep(0.05)
+    end = asyncio.Event()
+    running = asyncio.create_task(made.ask(one, until=end))
+    while one not in made.adapters.loaded:
+        await asyncio.sleep(0.01)
     drop(made.storage, one)
     await made.adapters.forget([one, "adapter-unknown"])
     assert one in made.engine.has
+    end.set()
     await running
     assert not made.engine.has and made.adapters.loaded == ()
     assert not any(path.name.startswith(one) for path in (made.folder / "cache").iterdir())

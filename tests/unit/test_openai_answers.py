@@ -1,5 +1,6 @@
 """vLLM 0.32's answers (captured) against OpenAI's types, and its errors in OpenAI's words."""
 
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -10,12 +11,14 @@ from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from llm_engine.api.openai.answers import engine_error, rewrite_answer, rewrite_event
 from llm_engine.api.openai.requests import parse
 from llm_engine.api.requests import EngineRequest, Kind
+from llm_engine.engine.base import AdapterProblem
 from llm_engine.errors import (
     APIError,
     InternalError,
     InvalidRequest,
     NotFound,
     Overloaded,
+    StorageUnavailable,
     Unavailable,
 )
 
@@ -372,3 +375,23 @@ def test_retry_after() -> None:
     dead = engine_error(500, told(DEAD, 500), ask_chat())
     assert isinstance(busy, Overloaded) and busy.retry_after == 1
     assert isinstance(dead, Unavailable) and dead.retry_after == 1
+
+
+@pytest.mark.parametrize(
+    ("problem", "error", "code"),
+    [
+        (AdapterProblem.MISSING, NotFound, "model_not_found"),
+        (AdapterProblem.BROKEN, InternalError, "adapter_broken"),
+        (AdapterProblem.STORAGE, StorageUnavailable, "storage_unavailable"),
+        (AdapterProblem.ELSEWHERE, Unavailable, "adapter_elsewhere"),
+    ],
+)
+def test_what_is_wrong_with_an_adapter_is_told_under_its_name(
+    problem: AdapterProblem, error: type[APIError], code: str
+) -> None:
+    told = {"message": "why", "type": problem, "code": problem.status}
+    asked = replace(ask_chat(), model="adapter-0", shown="ft:m:me::1", adapter="adapter-0")
+    found = engine_error(problem.status, orjson.dumps({"error": told}), asked)
+    assert type(found) is error and found.code == code
+    assert "ft:m:me::1" in found.message and "adapter-0" not in found.message
+    assert error is NotFound or "why" in found.message

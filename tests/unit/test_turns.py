@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from llm_engine.engine.turns import TooMany, Turns
+from llm_engine.engine.turns import Pace, TooMany, Turns
 
 
 class Clock:
@@ -156,3 +156,40 @@ async def test_the_line_has_an_end(clock):
     await entered(made, "b")
     with pytest.raises(TooMany):
         await made.enter("c")
+
+
+def test_loads_are_free_until_they_take_too_much_of_the_time(clock):
+    pace = Pace(share=0.1, burst_s=0.5, clock=clock)
+    for _ in range(5):
+        assert pace.wait_s() == 0
+        pace.spend(0.1)
+    assert pace.wait_s() == 0, "what was saved is used up, not more"
+    pace.spend(0.1)
+    assert pace.wait_s() == pytest.approx(1)
+    clock.now += 1
+    assert pace.wait_s() == 0
+    clock.now += 100
+    for _ in range(6):
+        pace.spend(0.1)
+    assert pace.wait_s() == pytest.approx(1), "no more is saved than a burst"
+
+
+def test_a_load_that_waited_for_the_engine_counts_as_what_it_costs(clock):
+    pace = Pace(share=0.1, burst_s=0.1, clock=clock)
+    pace.spend(0.01)
+    for _ in range(9):
+        pace.spend(5.0)
+    assert pace.wait_s() == 0
+
+
+async def test_while_loads_must_wait_what_is_in_memory_goes_on(clock):
+    in_memory, wait = {"a"}, 0.05
+    made = Turns(1, 100, lambda name: 0.0 if name in in_memory else wait, clock=clock)
+    other = await entered(made, "b")
+    assert (await entered(made, "a")).done() and not other.done()
+    made.leave("a")
+    await settle()
+    assert not other.done()
+    wait = 0.0
+    await asyncio.sleep(0.1)
+    assert other.done(), "nobody had to come or go for it"
