@@ -97,19 +97,19 @@ def test_all_that_is_asked_for_is_kept_and_told(jobs, served, file):
     valid = keep(served, name="valid.jsonl")
     numbers = {"n_epochs": 2, "batch_size": "auto", "learning_rate_multiplier": 0.5, "beta": 0.2}
     made = jobs.create(
-        model="fake", training_file=file, validation_file=valid, suffix="my model", seed=7,
+        model="fake", training_file=file, validation_file=valid, suffix="my: modèl", seed=7,
         metadata={"team": "search"}, method={"type": "dpo", "dpo": {"hyperparameters": numbers}},
     )  # fmt: skip
     assert (made.seed, made.validation_file, made.metadata) == (7, valid, {"team": "search"})
     assert made.method.type == "dpo" and made.method.dpo.hyperparameters.to_dict() == numbers
     assert made.hyperparameters.to_dict() == {name: numbers[name] for name in NUMBERS}
-    assert made.to_dict()["user_provided_suffix"] == "my model"
+    assert made.to_dict()["user_provided_suffix"] == "my: modèl"
     record = served.services.store.fine_tunes.get(made.id)
     assert (record.owner, record.dialect, record.base, record.method) == (
         "ann", "openai", "fake", "dpo",
     )  # fmt: skip
     assert (record.weights, record.parent, record.hyperparameters) == ("none", None, numbers)
-    assert record.name == f"ft:fake:ann:my-model:{made.id[-8:]}"
+    assert record.name == f"ft:fake:ann:my--mod-l:{made.id[-8:]}"
 
 
 def test_a_job_is_watched_to_its_end(jobs, served, http, file):

@@ -69,7 +69,7 @@ class FineTuneBody(TypedDict, total=False):
     model: Required[_Model]
     training_file: Required[_Id]
     validation_file: _Id | None
-    suffix: Annotated[str, StringConstraints(max_length=64, pattern=r"^[A-Za-z0-9 ._-]*$")] | None
+    suffix: Annotated[str, StringConstraints(max_length=64, pattern=_LINE)] | None
     seed: Annotated[int, Field(ge=0, le=2**31 - 1)] | None
     metadata: Annotated[dict[_Label, _Text], Field(max_length=16)] | None
     integrations: list[Any] | None
