@@ -19,6 +19,7 @@ class Load:
     batches: int = 0  # of those running and waiting: requests of batches
     step_s: float = 0.0  # a step of the engine takes so long, before any request; 0: unknown
     request_s: float = 0.0  # and so much longer with each
+    slots: int = 0  # requests that it can run at a time; 0: unknown
 
     @property
     def depth(self) -> int:
