@@ -36,8 +36,7 @@ def settings(nodes: Nodes, server: MotoServer) -> dict[str, Any]:
         "gateway": {"host": "0.0.0.0", "port": nodes.port},
         "endpoints": [MODEL],
         "storage": storage,
-        # All CPUs of a node: there is no place for it beside the engine.
-        "batches": {"num_cpus": 2, "lease_s": 5},
+        "batches": {"num_cpus": 1.5, "lease_s": 5},  # more than the head has
     }
 
 
@@ -59,7 +58,7 @@ def kill(pid: int) -> None:
 
 
 def test_a_batch_survives_the_node_of_its_job(tmp_path):
-    nodes = Nodes(tmp_path, count=3)
+    nodes = Nodes(tmp_path, count=3, head_cpus=1)
     with MotoServer() as server:
         bucket = server.new_bucket()
         nodes.environment |= server.environment | {ENV_STORAGE: f"{bucket}/platform"}
