@@ -4,6 +4,7 @@ Batches fill what the engines have left: their requests stand behind everybody's
 queue, and of them no more are under way than these rules allow.
 """
 
+import math
 import time
 from collections.abc import Callable, Collection
 
@@ -12,9 +13,14 @@ from llm_engine.records import EndpointStatus, Load, ReplicaReport
 #: Of batches; everybody else's is 0, and a lower number comes first. Deadlines lower it, to 1.
 PRIORITY = 10
 URGENT = 1
-#: Of the requests that a replica runs: so many more may wait, so that it never runs dry and shows
-#: whether it could run them, too; and how many at least.
+#: Of the requests that an engine can run at a time, batches leave this share free: who comes next
+#: need not wait until a row has ended.
+FREE = 1 / 16
+#: Where it is not known how many those are: of the requests that a replica runs so many more may
+#: wait, so that it shows whether it could run them, too; and how many at least.
 SPARE, FEWEST = 0.5, 32
+#: Of the requests that a replica holds, batches take this share at most.
+MOST = 0.75
 #: While others are asking, batches may make each step of an engine longer by this share. Where it
 #: is not known how long steps take, they leave this share of an engine's usual load to them.
 HARM, RESERVED = 0.1, 0.5
@@ -59,19 +65,26 @@ def room(
     ready = len(replicas)
     if not ready:
         return 1  # it sleeps, or starts: one request is enough to wake it
+    most = max(1, int(ready * endpoint.max_queue * MOST))
     if priority <= URGENT:
-        return max(1, ready * endpoint.max_queue // 2)
+        return most
     usual = int(ready * endpoint.target_queue_depth)
     online = max(online, sum(max(0, each.load.depth - each.load.batches) for each in replicas))
     if online:
         beside = sum(_harmless(each.load, online / ready, usual / ready) for each in replicas)
         if ready < endpoint.max_replicas:
             beside = min(beside, usual - online)  # more would start replicas
-        return max(1, min(int(beside), ready * endpoint.max_queue // 2))
+        return max(1, min(int(beside), most))
     if ready < endpoint.max_replicas:
         return max(1, usual)  # more would start replicas for work that nobody waits for
-    running = sum(report.load.running for report in replicas)
-    return min(running + max(FEWEST * ready, int(running * SPARE)), ready * endpoint.max_queue // 2)
+    return min(sum(_alone(each.load) for each in replicas), most)
+
+
+def _alone(load: Load) -> int:
+    """Requests that a replica can run while nobody else asks."""
+    if load.slots:
+        return max(1, load.slots - math.ceil(load.slots * FREE))
+    return load.running + max(FEWEST, int(load.running * SPARE))
 
 
 def _harmless(load: Load, online: float, usual: float) -> float:

@@ -20,6 +20,7 @@ class Load:
     step_s: float = 0.0  # a step of the engine takes so long, before any request; 0: unknown
     request_s: float = 0.0  # and so much longer with each
     adapters: tuple[str, ...] = ()  # ids of those in the engine's memory
+    slots: int = 0  # requests that it can run at a time; 0: unknown
 
     @property
     def depth(self) -> int:

@@ -119,7 +119,13 @@ class FakeGuard(Guard):
 
     def load(self, app: Any) -> Load:
         fake = self._app
-        return Load(fake.running, fake.waiting, 0.0, fake.prompt_tokens, fake.generated_tokens)
+        return Load(
+            fake.running,
+            fake.waiting,
+            prompt_tokens=fake.prompt_tokens,
+            generated_tokens=fake.generated_tokens,
+            slots=int(fake.options["max_num_seqs"]),
+        )
 
 
 class FakeHost:

@@ -76,7 +76,9 @@ def load_logger() -> type:
 
     class LoadLogger(StatLoggerBase):
         def __init__(self, vllm_config, engine_index=0):
-            pass
+            global latest
+            slots = latest.slots + vllm_config.scheduler_config.max_num_seqs  # of each rank
+            latest = replace(latest, slots=slots)
 
         def record(self, scheduler_stats, iteration_stats, mm_cache_stats=None, engine_idx=0):
             global latest
@@ -94,7 +96,14 @@ def load_logger() -> type:
                 gaps = iteration_stats.inter_token_latencies_iter
                 if gaps and not iteration_stats.num_prompt_tokens:
                     _steps.seen(len(gaps), min(gaps))
-            latest = Load(running, waiting, usage, prompt, generated)
+            latest = replace(
+                latest,
+                running=running,
+                waiting=waiting,
+                kv_cache_usage=usage,
+                prompt_tokens=prompt,
+                generated_tokens=generated,
+            )
 
         def log_engine_initialized(self):
             pass

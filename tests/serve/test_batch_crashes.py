@@ -15,10 +15,10 @@ from tests.support.cluster import Cluster, eventually, free_port
 
 pytestmark = pytest.mark.slow
 
-ROWS = 4000
+ROWS = 2400
 MODEL = {"name": "fake", "model": "none", "engine": "fake", "num_cpus": 0.1,
          "vllm_args": {"token_delay_s": 0.02}}  # fmt: skip
-VICTIMS = ["job", "Ingress", "job", "JobKeeper", "engine", "Controller", "job", "ModelRouter"]
+VICTIMS = ["job", "Ingress", "JobKeeper", "engine", "job"]
 
 
 def rows() -> bytes:

@@ -67,8 +67,10 @@ def answers(cluster: Cluster, model: str) -> int:
         return client.post("/v1/completions", json=body).status_code
 
 
-@pytest.mark.parametrize("deployment", ["Controller", "ModelRouter", "Ingress"])
-@pytest.mark.parametrize("delay_s", [0.0, 1.5])
+@pytest.mark.parametrize(
+    ("deployment", "delay_s"),
+    [("Controller", 0.0), ("Controller", 1.5), ("ModelRouter", 1.5), ("Ingress", 0.0)],
+)
 def test_a_part_that_dies_in_a_create_and_in_an_update(
     cluster: Cluster, deployment: str, delay_s: float
 ):

@@ -197,22 +197,11 @@ def test_deploying_the_gateway_anew_leaves_alone_what_clients_have_made(nodes: N
     nodes.wait_ready("two")
 
 
-def test_without_keys_it_does_not_serve_beyond_loopback(tmp_path):
-    bare = Nodes(tmp_path, count=1)
-    del bare.environment["LLM_ENGINE_API_KEYS"]  # the nodes', not that of whoever deploys
-    with bare:
-        bare.deploy(settings(bare, TWO))
-
-        def failed() -> bool:
-            return bare.applications()["llm-engine"]["status"] == "DEPLOY_FAILED"
-
-        eventually(failed, 60, 0.5)
-        assert "there is no API key" in bare.applications()["llm-engine"]["message"]
-
-
-def test_serve_run_starts_the_same_configuration(tmp_path):
+def test_serve_run_starts_the_same_configuration_and_without_keys_only_on_loopback(tmp_path):
     """The commands that the README gives for a Ray that runs."""
-    with Nodes(tmp_path, count=1) as alone:
+    alone = Nodes(tmp_path, count=1)
+    del alone.environment["LLM_ENGINE_API_KEYS"]  # the nodes', not that of whoever deploys
+    with alone:
         file = tmp_path / "llm-engine.yaml"
         content = settings(alone, ADDED)
         content["gateway"]["host"] = "127.0.0.1"
@@ -226,3 +215,11 @@ def test_serve_run_starts_the_same_configuration(tmp_path):
         alone.wait_ready("org/added:1")
         with alone.client() as client:
             assert client.post("/v1/chat/completions", json=chat("org/added:1", 3)).is_success
+
+        alone.deploy(settings(alone, ADDED))  # on all addresses
+
+        def failed() -> bool:
+            return alone.applications()["llm-engine"]["status"] == "DEPLOY_FAILED"
+
+        eventually(failed, 60, 0.5)
+        assert "there is no API key" in alone.applications()["llm-engine"]["message"]

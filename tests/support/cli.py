@@ -2,9 +2,12 @@
 for the server that it talks to."""
 
 import json
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,6 +20,27 @@ from llm_engine.cli.commands import app
 
 def run(*words: str, given: str | None = None) -> Result:
     return CliRunner().invoke(app, list(words), input=given)
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    """As a process, which hears Ctrl-C even if the tests run in the background of a shell."""
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from llm_engine.cli import main; main()"
+    )
+    command = [sys.executable, "-c", code, *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def interrupt(process: subprocess.Popen[str]) -> str:
+    """Ctrl-C, and once more where Python was in a place that swallows it; what it says then."""
+    for _ in range(5):
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=4)[1]
+    process.kill()
+    process.communicate()
+    raise AssertionError("Ctrl-C does not end it")
 
 
 def write_configuration(folder: Path) -> None:

@@ -48,13 +48,21 @@ def test_batches_leave_room_to_those_who_wait(online: int, left: int):
     assert given(busy(64), online=online) == left
 
 
+def test_in_an_idle_engine_a_few_slots_stay_free():
+    assert given(Load(slots=64)) == 60
+    assert given(Load(slots=128), Load(slots=16), most=2) == 120 + 15
+    assert given(Load(slots=1)) == 1
+    assert given(Load(slots=1024)) == 192, "of the 256 that its replica holds"
+    assert given(Load(slots=64), most=4) == 16, "more would start replicas"
+
+
 def test_batches_make_others_wait_by_a_tenth_at_most():
     slow = Load(running=4, step_s=0.004, request_s=0.0002)  # each request more is felt
     beside = given(slow, online=4)
     step = slow.step_s + 4 * slow.request_s
     assert beside == 2 and beside * slow.request_s <= HARM * step
     wide = Load(running=4, step_s=0.02, request_s=0.00001)
-    assert given(wide, online=4) == 128, "as many as may wait"
+    assert given(wide, online=4) == 192, "as many as may wait"
     assert given(Load(running=4, step_s=0.001, request_s=0.001), online=1) == 1, "never none"
 
 
@@ -97,4 +105,4 @@ def test_batches_start_no_replica_for_work_that_nobody_waits_for():
 
 
 def test_an_urgent_batch_may_fill_the_queue():
-    assert given(Load(running=16), online=20, priority=URGENT, most=4) == 128
+    assert given(Load(running=16), online=20, priority=URGENT, most=4) == 192

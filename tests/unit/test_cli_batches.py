@@ -1,9 +1,6 @@
 """`batches`: the look at an input before it is sent, what a watch shows, how a batch is told."""
 
 import json
-import signal
-import subprocess
-import sys
 import threading
 import time
 from io import StringIO
@@ -16,7 +13,7 @@ from llm_engine.cli import batch_input, batch_results, batch_watch, watch
 from llm_engine.cli.client import Gateway
 from llm_engine.cli.target import Target
 from llm_engine.errors import LLMEngineError
-from tests.support.cli import run, serving, write_configuration
+from tests.support.cli import interrupt, run, serving, start, write_configuration
 from tests.support.cluster import eventually
 
 ID = "batch_1"
@@ -343,12 +340,9 @@ def test_a_gateway_that_stays_away_is_given_up(monkeypatch):
 
 def test_ctrl_c_stops_only_the_watching(server):
     server.answers[PATH] = (200, row(done=1))
-    words = ["batches", "get", ID, "--watch", "--url", server.url]
-    command = [sys.executable, "-c", "from llm_engine.cli import main; main()", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start("batches", "get", ID, "--watch", "--url", server.url)
     eventually(lambda: len(server.asked) > 1, 20, 0.05)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=20)
+    told = interrupt(process)
     assert process.returncode == 130
     assert "It goes on unwatched." in told and "Traceback" not in told
     assert f"llm-engine batches get {ID} --watch --url {server.url}" in told

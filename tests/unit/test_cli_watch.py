@@ -1,10 +1,6 @@
 """`endpoints watch`: what is drawn, what is printed, and when it is over."""
 
-import contextlib
 import json
-import signal
-import subprocess
-import sys
 import threading
 import time
 from io import StringIO
@@ -16,7 +12,7 @@ from llm_engine.cli import watch
 from llm_engine.cli.client import Gateway
 from llm_engine.cli.target import Target
 from llm_engine.errors import LLMEngineError
-from tests.support.cli import run, serving
+from tests.support.cli import interrupt, run, serving, start
 from tests.support.cluster import eventually
 
 PATH = "/v1/endpoints/qwen"
@@ -254,23 +250,9 @@ def test_a_gateway_that_stays_away_is_given_up(server, capsys, monkeypatch):
         follow(server, row(**LOADING), (502, "Bad gateway"), capsys=capsys)
 
 
-def interrupt(child: subprocess.Popen) -> str:
-    """Ctrl-C, and once more where Python was in a place that swallows it; what it says then."""
-    for _ in range(5):
-        child.send_signal(signal.SIGINT)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            return child.communicate(timeout=4)[1]
-    child.kill()
-    raise AssertionError("Ctrl-C does not end it")
-
-
 def test_ctrl_c_stops_only_the_watching(server):
     server.answers[PATH] = (200, row(**LOADING))
-    code = "from llm_engine.cli import main; main()"
-    child = subprocess.Popen(
-        [sys.executable, "-c", code, "endpoints", "watch", "qwen", "--url", server.url],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    child = start("endpoints", "watch", "qwen", "--url", server.url)
     assert "loading the model" in child.stdout.readline()
     told = interrupt(child)
     assert child.returncode == 130 and "Traceback" not in told
