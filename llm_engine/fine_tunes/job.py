@@ -279,6 +279,8 @@ class Job:
     async def _step(self, event: dict[str, Any]) -> None:
         if event["step"] <= self._keeping.step:
             return
+        if self._lease.record.state is _S.QUEUED:  # resumed before it had noticed that it rests
+            await self._lease.move(_S.QUEUED, _S.RUNNING, "Training goes on")
         total = self._lease.record.total_steps
         self._progress.saw(event)
         self._keeping.count(event)

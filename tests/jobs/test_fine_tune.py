@@ -299,6 +299,21 @@ def test_a_paused_one_rests_and_goes_on_where_it_was(bench, tmp_path):
     ]
 
 
+def test_one_that_is_resumed_before_it_rests_never_does(bench, tmp_path):
+    tune = bench.tune(40, SLOW)
+
+    def blink(_: object) -> None:
+        bench.store.fine_tunes.pause(tune.id)
+        bench.store.fine_tunes.resume(tune.id)
+
+    code, _, _ = run_until(bench, tune, 4, blink)
+    if code:  # it had noticed all the same, and left
+        bench.run(tune)
+    else:
+        assert "Training goes on" in bench.messages(tune)
+    bench.verify(tune, tmp_path, 20)
+
+
 def test_a_trainer_that_does_not_listen_is_ended(bench, tmp_path, monkeypatch):
     monkeypatch.setattr("llm_engine.fine_tunes.child.STOP_S", 1.0)
     tune = bench.tune(40, {"deaf": True, "hang_at": 5})
