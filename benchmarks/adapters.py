@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 from rich.console import Console
 from rich.table import Table
 
@@ -113,6 +114,7 @@ async def measure_base(rounds: int, folder: Path, console: Console) -> dict[str,
         "with": EngineProcess(endpoint()),
     }
     figures: dict[str, list[float]] = {name: [] for name in engines}
+    costs: dict[str, list[float]] = {name: [] for name in engines}
     starts: dict[str, list[float]] = {name: [] for name in engines}
     load, addresses = LoadProcess(), {}
     await load.start()
@@ -129,14 +131,26 @@ async def measure_base(rounds: int, folder: Path, console: Console) -> dict[str,
             for name in alternate(list(engines), number):
                 secret = {HEADER_SECRET: addresses[name].secret}
                 await load.warm_up(job(addresses[name].port, [MODEL], STREAMS, REQUESTS, **secret))
-                figures[name].append((await load.measure()).tokens_per_s)
-                console.print(f"base {number + 1}/{rounds}  {name}: {figures[name][-1]:.0f} tok/s")
+                before = cpu_s(engines[name])
+                result = await load.measure()
+                figures[name].append(result.tokens_per_s)
+                costs[name].append((cpu_s(engines[name]) - before) / result.tokens)
+                shown = f"{result.tokens_per_s:.0f} tok/s, {1e6 * costs[name][-1]:.0f} us CPU each"
+                console.print(f"base {number + 1}/{rounds}  {name}: {shown}")
     finally:
         await load.stop()
         for engine in engines.values():
             await engine.stop()
-    return {"tokens_per_s": figures, "starts_s": starts,
-            "ratios": paired(figures["with"], figures["without"])}  # fmt: skip
+    return {"tokens_per_s": figures, "starts_s": starts, "cpu_s_per_token": costs,
+            "ratios": paired(figures["with"], figures["without"]),
+            "cpu_ratios": paired(costs["with"], costs["without"])}  # fmt: skip
+
+
+def cpu_s(engine: EngineProcess) -> float:
+    """Of all of its processes, so far."""
+    own = psutil.Process(engine.pid)
+    times = [process.cpu_times() for process in (own, *own.children(recursive=True))]
+    return sum(each.user + each.system for each in times)
 
 
 async def measure_mixed(rounds: int, folder: Path, console: Console) -> dict[str, Any]:
@@ -241,6 +255,7 @@ def show(results: dict[str, Any], console: Console) -> None:
     if base := results.get("base"):
         table.add_row("the base where adapters are taken, against none: tokens/s",
                       ranged(base["ratios"]), GOALS["base"])  # fmt: skip
+        table.add_row("its CPU a token, likewise", ranged(base["cpu_ratios"]), "")
         starts = {name: f"{min(seconds):.1f}" for name, seconds in base["starts_s"].items()}
         told = f"{starts['with']} and {starts['without']} s"
         table.add_row("its start, the faster of two, with and without", told, "")

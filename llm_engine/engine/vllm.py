@@ -21,6 +21,9 @@ CPU_ARGS: dict[str, Any] = {
     # A fixed size instead of a share of memory: several engines live on one laptop.
     "kv_cache_memory_bytes": 2**30,
 }
+#: All that fine-tunes of the demo model train. Left to itself vLLM makes room for the output layer,
+#: too, and computes with it at every step, whether or not anybody asks for an adapter.
+BUILTIN_CHAT_TARGETS = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 CPU_ENV = {
     # "auto" pins every engine of a small machine to the same core.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
@@ -101,6 +104,7 @@ def effective_args(spec: EngineSpec, on_cpu: bool) -> dict[str, Any]:
         merged |= {"runner": "pooling", "convert": "embed"}
     if spec.max_adapters:
         merged |= adapter_args(spec, on_cpu)
+        merged |= {"lora_target_modules": BUILTIN_CHAT_TARGETS} if spec.builtin else {}
     if on_cpu and spec.tensor_parallel_size > 1:
         del merged["distributed_executor_backend"]  # several ranks need several processes
     merged |= spec.vllm_args

@@ -150,6 +150,9 @@ def test_adapters_are_off_unless_asked_for_and_leave_a_slot_empty_on_cpus():
     assert on_cpu["enable_lora"] is True and on_cpu["max_lora_rank"] == 32
     assert (on_cpu["max_loras"], on_cpu["max_cpu_loras"]) == (5, 5)
     assert (on_gpu["max_loras"], on_gpu["max_cpu_loras"]) == (4, 16)
+    assert "lora_target_modules" not in on_cpu
+    builtin = effective_args(spec(max_adapters=4, builtin=True), on_cpu=True)
+    assert "qkv_proj" in builtin["lora_target_modules"]
 
 
 def test_the_demo_chat_model_takes_adapters_by_default_and_others_when_told():
