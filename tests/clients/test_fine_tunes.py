@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import time
 from itertools import islice
 from typing import Any
 
@@ -20,6 +21,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # a minute each, on 
 BASE = "demo-chat"
 ENDED = ("succeeded", "failed", "cancelled")
 TIMEOUT_S = 900
+BEATS_S = 12  # a job tells at least once in this time how far it is
 Row = dict[str, Any]
 #: What Scale's fine-tune learns: nothing that the model could know.
 WORDS = {"red": "falcon", "blue": "anchor", "green": "pepper", "white": "candle"}
@@ -164,11 +166,21 @@ def test_a_job_rests_goes_on_and_is_cancelled(client: OpenAI, training: str):
     wait(client, made.id, "running")
     eventually(lambda: step() > 5, TIMEOUT_S, 0.5, "it makes no steps")
     assert jobs.pause(made.id).status == "paused"
-    eventually(lambda: step() == step(), 60, 1, "it goes on")
+
+    def rests() -> bool:
+        before = step()
+        time.sleep(BEATS_S)
+        return step() == before
+
+    eventually(rests, 120, 0, "it goes on")
     rested = step()
+    assert jobs.retrieve(made.id).status == "paused"
     assert jobs.resume(made.id).status == "queued"
+    wait(client, made.id, "running")
     eventually(lambda: step() > rested, TIMEOUT_S, 0.5, "it does not go on")
     assert jobs.retrieve(made.id).estimated_finish
+    told = [event.message for event in jobs.list_events(made.id, limit=100)]
+    assert any(each.startswith("Training goes on from the checkpoint at step") for each in told)
     assert jobs.cancel(made.id).status == jobs.cancel(made.id).status == "cancelled"
 
 
