@@ -42,12 +42,17 @@ class Trainer:
     """`async with Trainer(...) as trainer: async for event in trainer.events(): ...`"""
 
     def __init__(
-        self, spec: dict[str, Any], say: Callable[[str], None], command: Sequence[str] = TRAINER
+        self,
+        spec: dict[str, Any],
+        say: Callable[[str], None],
+        command: Sequence[str] = TRAINER,
+        cpus: float = 1,
     ) -> None:
         """`say`: for what it prints that is no event."""
         self._spec = spec
         self._say = say
         self._command = command
+        self._cpus = cpus
         self._tail = b""
         self._stop_by: float | None = None
         self._process: asyncio.subprocess.Process
@@ -56,6 +61,9 @@ class Trainer:
 
     async def __aenter__(self) -> "Trainer":
         environment = {k: v for k, v in os.environ.items() if k not in _NO_SECRETS}
+        # As many threads as CPUs were reserved, always the same: sums come out the same, too.
+        threads = str(max(1, int(self._cpus)))
+        environment = {"OMP_NUM_THREADS": threads, "MKL_DYNAMIC": "FALSE"} | environment
         self._process = await asyncio.create_subprocess_exec(
             *self._command,
             stdin=asyncio.subprocess.PIPE,

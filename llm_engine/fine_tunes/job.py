@@ -180,7 +180,8 @@ class Job:
         resume = await self._keeping.resume(folder / "resume")
         await self._tell_of_resumption()
         spec = self._spec(inputs, folder / "out", resume)
-        async with Trainer(spec, self._tell, self._command) as self._trainer:
+        cpus = self._limits.num_cpus
+        async with Trainer(spec, self._tell, self._command, cpus) as self._trainer:
             if self._interrupted.is_set() or self._lease.paused.is_set():
                 self._trainer.stop()
             async for event in self._trainer.events():
@@ -231,6 +232,7 @@ class Job:
                 await self._keeping.keep(event)
                 await asyncio.to_thread(shutil.rmtree, event["path"], ignore_errors=True)
             case "done":
+                await self._lease.beat(self._progress.plain(self._lease.record))
                 await self._keeping.finish(event)
             case "stopped":
                 if event.get("path") and event["step"] > self._keeping.step:
