@@ -1,12 +1,12 @@
-"""What the keeper does about each batch."""
+"""What the keeper does about each batch, and each fine-tune."""
 
 from typing import Any
 
 import pytest
 
 from llm_engine.keeping import Deed, Seen, decide
-from llm_engine.records import BatchRecord
-from llm_engine.statuses import BatchState
+from llm_engine.records import BatchRecord, FineTuneRecord
+from llm_engine.statuses import BatchState, FineTuneState
 
 NOW = 1_000_000.0
 LEASE_S = 15.0
@@ -25,13 +25,11 @@ def leased(name: str = "b", **facts: Any) -> BatchRecord:
     return batch(name, worker="host:1", lease_until=NOW + 10, **facts)
 
 
-def deed(record: BatchRecord, job: Seen | None, unclaimed: int = 0) -> Deed:
+def deed(record: BatchRecord | FineTuneRecord, job: Seen | None, unclaimed: int = 0) -> Deed:
     return together([record], {record.id: job}, unclaimed={record.id: unclaimed})[record.id]
 
 
-def together(
-    records: list[BatchRecord], jobs: dict[str, Seen | None], **limits: Any
-) -> dict[str, Deed]:
+def together(records: list[Any], jobs: dict[str, Seen | None], **limits: Any) -> dict[str, Deed]:
     given: dict[str, Any] = {"max_running": 2, "max_idle_starts": 3, "lease_s": LEASE_S}
     return decide(records, jobs, NOW, **given | {"unclaimed": {}} | limits)
 
@@ -107,3 +105,39 @@ def test_owners_take_turns_and_the_earliest_deadline_is_first():
     jobs = dict.fromkeys(r.id for r in records) | {"a0": RUNS}
     started = [k for k, v in together(records, jobs, max_running=3).items() if v is Deed.START]
     assert started == ["a1", "b1"]
+
+
+# -- fine-tunes
+
+
+def fine_tune(name: str = "f", **facts: Any) -> FineTuneRecord:
+    given: dict[str, Any] = {"owner": "ann", "dialect": "openai", "base": "m", "weights": "w"}
+    given |= {"training_file_id": "file-1", "method": "supervised", "name": f"ft:{name}"}
+    given |= {"seed": 1, "state": FineTuneState.RUNNING, "created_at": NOW - 60, "starts": 1}
+    return FineTuneRecord(name, **given | facts)
+
+
+@pytest.mark.parametrize("state", ["validating_files", "queued", "running"])
+def test_a_fine_tune_that_goes_on_gets_a_job(state: str):
+    assert deed(fine_tune(state=FineTuneState(state)), ENDED) is Deed.START
+    assert deed(fine_tune(state=FineTuneState(state), starts=0), None) is Deed.START
+
+
+def test_one_that_rests_gets_none_whatever_became_of_its_jobs():
+    rests = {"state": FineTuneState.PAUSED}
+    assert deed(fine_tune(**rests), ENDED) is Deed.NOTHING
+    assert deed(fine_tune(**rests, idle_starts=9), None) is Deed.NOTHING
+    dead = fine_tune(**rests, worker="host:1", lease_until=NOW + 10)
+    assert deed(dead, ENDED) is Deed.RELEASE and deed(dead, RUNS) is Deed.NOTHING
+
+
+def test_fine_tunes_are_given_up_whole():
+    assert deed(fine_tune(idle_starts=3, step=10), ENDED) is Deed.GIVE_UP
+    assert deed(fine_tune(starts=0), ENDED, unclaimed=3) is Deed.GIVE_UP
+
+
+def test_the_fine_tune_that_was_made_first_is_next():
+    records = [fine_tune("new", created_at=NOW - 1), fine_tune("old", created_at=NOW - 9)]
+    jobs = dict.fromkeys(r.id for r in records)
+    deeds = together(records, jobs, max_running=1)
+    assert deeds == {"new": Deed.NOTHING, "old": Deed.START}

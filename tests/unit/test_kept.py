@@ -1,0 +1,206 @@
+"""What becomes of fine-tunes in the keeper's hands: a real store and storage, and a Ray made up."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deployments.kept import KeptFineTunes
+from jobs.launcher import Job, LaunchError
+from llm_engine.fine_tunes import adapters
+from llm_engine.statuses import FineTuneState
+from tests.support.fine_tunes import Bench, fine_tune_record
+
+_S = FineTuneState
+
+
+class FakeLauncher:
+    """Ray, as far as the keeper sees it."""
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, Job] = {}
+        self.started: list[tuple[str, dict[str, float]]] = []
+        self.stopped: list[str] = []
+        self.away = False
+
+    def start(self, module, record, job, gateways, metadata, **resources) -> None:
+        if self.away:
+            raise LaunchError("Ray's job API does not answer")
+        assert module == "jobs.fine_tune" and metadata["fine_tune"] == record
+        self.jobs[job] = Job(job, True, False, "")
+        self.started.append((job, resources))
+
+    def find(self, job: str) -> Job | None:
+        return self.jobs.get(job)
+
+    def stop(self, job: str) -> None:
+        self.stopped.append(job)
+
+    def now(self, job: str, *, live: bool = True, running: bool = True, message: str = "") -> None:
+        self.jobs[job] = Job(job, live, running, message)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path, max_idle_starts=2, num_cpus=2)
+    yield bench
+    bench.close()
+
+
+@pytest.fixture
+def ray() -> FakeLauncher:
+    return FakeLauncher()
+
+
+def keeper(bench: Bench, ray: Any) -> KeptFineTunes:
+    return KeptFineTunes(bench.settings, bench.store, bench.storage, ray)
+
+
+def create(bench: Bench, **facts: Any):
+    return bench.store.fine_tunes.create(fine_tune_record(**facts), 99)
+
+
+def test_a_new_one_gets_a_job_with_what_its_trainer_uses(bench, ray):
+    tune = create(bench)
+    assert keeper(bench, ray).look([]) == (True, False)
+    assert ray.started == [(tune.id, {"num_cpus": 2.0})]
+
+
+def test_a_gpu_is_reserved_and_several_workers_reserve_their_own(tmp_path, ray):
+    gpu = Bench(tmp_path, num_gpus=1)
+    create(gpu)
+    keeper(gpu, ray).look([])
+    many = gpu.settings.model_copy(
+        update={"fine_tunes": gpu.settings.fine_tunes.model_copy(update={"workers": 2})}
+    )
+    other = FakeLauncher()
+    KeptFineTunes(many, gpu.store, gpu.storage, other).look([])
+    gpu.close()
+    assert ray.started[0][1] == {"num_cpus": 1.0, "num_gpus": 1.0}
+    assert other.started[0][1] == {"num_cpus": 0.1}
+
+
+def test_others_wait_their_turn_and_are_told_so(bench, ray):
+    first, second = create(bench), create(bench)
+    kept = keeper(bench, ray)
+    kept.look([])
+    kept.look([])
+    assert [name for name, _ in ray.started] == [first.id]
+    assert "its job waits for a node" in bench.get(first).reason
+    assert "fine_tunes.max_running" in bench.get(second).reason
+
+
+def test_a_job_that_died_is_followed_by_another(bench, ray):
+    tune = create(bench)
+    kept = keeper(bench, ray)
+    kept.look([])
+    bench.store.fine_tunes.claim(tune.id, "w1", 60)
+    ray.now(tune.id, live=False, running=False, message="killed")
+    assert kept.look([]) == (True, True)  # the lease has ended: look again at once
+    kept.look([])
+    assert [name for name, _ in ray.started] == [tune.id, f"{tune.id}-2"]
+    # A keeper that is new to it finds the job.
+    keeper(bench, ray).look([])
+    assert len(ray.started) == 2
+
+
+def test_jobs_that_die_in_a_row_end_it_with_what_the_last_one_said(bench, ray):
+    tune = create(bench)
+    kept = keeper(bench, ray)
+    for number in range(2):
+        kept.look([])
+        record = bench.store.fine_tunes.claim(tune.id, f"w{number}", 60)
+        bench.store.fine_tunes.leave(record, "its trainer died: it ran out of memory", tried=True)
+        ray.now(ray.started[-1][0], live=False, running=False, message="exit code 1")
+    kept.look([])
+    record = bench.get(tune)
+    assert record.state is _S.FAILED and record.error["code"] == "job_failed"
+    assert record.error["message"] == (
+        "2 jobs in a row ended before one more checkpoint was kept (fine_tunes.max_idle_starts); "
+        "the last one: its trainer died: it ran out of memory"
+    )
+
+
+def test_jobs_that_never_claim_it_end_it_with_what_ray_said(bench, ray):
+    tune = create(bench)
+    kept = keeper(bench, ray)
+    for _ in range(3):
+        kept.look([])
+        ray.now(ray.started[-1][0], live=False, running=False, message="no module named jobs")
+    assert bench.get(tune).error["message"].endswith("the last one: no module named jobs")
+    assert len(ray.started) == 2
+
+
+def test_one_that_rests_has_no_job_and_costs_no_looks(bench, ray):
+    tune = create(bench)
+    bench.store.fine_tunes.pause(tune.id)
+    kept = keeper(bench, ray)
+    assert kept.look([]) == (False, False) and ray.started == []
+    assert bench.get(tune).reason is None
+    bench.store.fine_tunes.resume(tune.id)
+    assert kept.look([]) == (True, False) and len(ray.started) == 1
+
+
+def test_of_one_that_was_cancelled_nothing_is_left(bench, ray):
+    tune = create(bench)
+    kept = keeper(bench, ray)
+    kept.look([])
+    bench.storage.put(f"fine_tunes/{tune.id}/checkpoints/00000001-a/x", b"x")
+    bench.store.fine_tunes.ask_cancel(tune.id)
+    assert kept.look([]) == (False, False)
+    assert bench.left_over(tune) == []
+    assert ray.stopped == [tune.id]  # it still waited for CPUs
+
+
+def test_where_ray_is_away_it_says_so(bench, ray):
+    tune = create(bench)
+    ray.away = True
+    keeper(bench, ray).look([])
+    assert "cannot be started now" in bench.get(tune).reason
+
+
+# -- sweeps
+
+
+def served(bench: Bench, tmp_path: Path, tune) -> str:
+    folder = tmp_path / "folder"
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_model.safetensors").write_bytes(b"weights")
+    (folder / "adapter_config.json").write_text('{"r": 8}')
+    (folder / "optimizer.pt").write_bytes(b"moments")
+    worker = bench.store.fine_tunes.claim(tune.id, "w", -1)
+    size, rank = adapters.measure(folder)
+    record = adapters.AdapterRecord(
+        adapters.new_adapter_id(), f"{tune.name}:ckpt", "ann", tune.base, tune.weights, rank, size,
+        time.time(), tune.id, 1,
+    )  # fmt: skip
+    adapters.publish(bench.storage, folder, record)
+    bench.store.fine_tunes.keep(worker, 1, record)
+    return record.id
+
+
+def test_a_deleted_adapter_loses_its_bytes_and_then_its_record(bench, tmp_path):
+    adapter = served(bench, tmp_path, create(bench))
+    assert adapters.sweep(bench.store, bench.storage) == 0
+    assert {each.key.rpartition("/")[2] for each in bench.storage.list("adapters/")} == {
+        "adapter_config.json", "adapter_model.safetensors", "manifest.json",
+    }  # fmt: skip
+    bench.store.adapters.delete(adapter)
+    assert adapters.sweep(bench.store, bench.storage) == 1
+    assert list(bench.storage.list("adapters/")) == [] == bench.store.adapters.deleted()
+
+
+def test_what_killed_jobs_have_left_goes_and_nothing_else(bench, tmp_path, monkeypatch):
+    tune, ended = create(bench), create(bench)
+    adapter = served(bench, tmp_path, tune)
+    for each in (tune, ended):
+        bench.storage.put(f"fine_tunes/{each.id}/checkpoints/00000001-a/x", b"x")
+    bench.storage.put("adapters/adapter-orphan/adapter_config.json", b"{}")
+    bench.store.fine_tunes.ask_cancel(ended.id)
+    assert adapters.sweep_orphans(bench.store, bench.storage) == 1  # it may be being published
+    monkeypatch.setattr(adapters, "ORPHAN_S", -1.0)
+    assert adapters.sweep_orphans(bench.store, bench.storage) == 1
+    assert bench.left_over(tune) and not bench.left_over(ended)
+    assert {each.key.split("/")[1] for each in bench.storage.list("adapters/")} == {adapter}
