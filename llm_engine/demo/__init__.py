@@ -7,3 +7,5 @@ from pathlib import Path
 
 CHAT = Path(__file__).parent / "chat"
 EMBED = Path(__file__).parent / "embed"
+#: Training files that fine-tune the chat model in a minute or two; see `lessons`.
+EXAMPLES = Path(__file__).parent / "examples"

@@ -7,7 +7,7 @@ learning_rate   5e-5 * 10 * (2000 / hidden_size) ** 0.781, the fit of "LoRA With
                 over Llama models, which says 2.8e-4 for 8B and goes on well down to our demo
                 model's 3.1e-3. The same study holds alpha at 32, so that the rate suits any rank.
                 A tenth of that for DPO, whose gradients push two answers apart without end.
-batch_size      a 64th of the examples, from 1 to 32, as a power of two: LoRA learns worse from
+batch_size      a 128th of the examples, from 1 to 32, as a power of two: LoRA learns worse from
                 larger batches than full training does (the same study).
 n_epochs        3; more where that is less than 100 steps, 25 at most; fewer where the model would
                 see more than 25,000 examples. (OpenAI's own rule, but for steps.)
@@ -71,7 +71,7 @@ def auto_learning_rate(method: str, hidden_size: int) -> float:
 
 
 def auto_batch_size(examples: int) -> int:
-    return min(LARGEST_BATCH, 2 ** int(math.log2(max(1, examples / 64))))
+    return min(LARGEST_BATCH, 2 ** int(math.log2(max(1, examples / 128))))
 
 
 def auto_epochs(examples: int, batch_size: int) -> int:
