@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from llm_engine.engine import vllm_cpu
 from llm_engine.engine.adapters import AdapterFailed, Host
 from llm_engine.engine.base import AdapterProblem
 from llm_engine.engine.server import Guard, die_when_parent_thread_does
@@ -25,7 +26,8 @@ _steps = StepTimes()
 
 
 def register() -> None:
-    """Ask the kernel for AMX tiles, and tie worker processes to the life of their parent.
+    """Ask the kernel for AMX tiles, find adapters, and tie worker processes to the life of their
+    parent.
 
     vLLM's bf16 CPU attention uses AMX instructions; a process that has not asked for permission
     (arch_prctl ARCH_REQ_XCOMP_PERM) dies of SIGILL at its first short prompt.
@@ -36,10 +38,14 @@ def register() -> None:
     initialise = getattr(torch.cpu, "_init_amx", None)
     if supported is not None and initialise is not None and supported():
         initialise()
-    if multiprocessing.parent_process() is not None:
-        die_when_parent_thread_does()
-    else:
+    if multiprocessing.parent_process() is None:
         register_resolver()
+        return
+    die_when_parent_thread_does()
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        vllm_cpu.install()
 
 
 class Resolver:

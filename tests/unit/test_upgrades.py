@@ -66,3 +66,15 @@ def test_vllm_takes_and_gives_back_adapters():
     client = functions("vllm.v1.engine.async_llm")
     assert {"list_loras", "remove_lora", "errored", "dead_error"} <= client.keys()
     assert client["remove_lora"] == ["self", "lora_id"]
+
+
+def test_vllms_cpu_kernels_for_adapters():
+    """What we put in their place, and why one slot stays empty: -1 is taken as an index."""
+    wrapper = functions("vllm.lora.punica_wrapper.punica_cpu")
+    assert wrapper["add_lora_linear"][:7] == [
+        "self", "y", "x", "lora_a_stacked", "lora_b_stacked", "scale", "output_slices",
+    ]  # fmt: skip
+    base = source_of("vllm.lora.punica_wrapper.punica_base")
+    assert "def update_metadata" in base and "self.no_lora = no_lora" in base
+    kernels = source_of("vllm.lora.ops.torch_ops.lora_ops")
+    assert "selected_loras = lora_b_weights[lora_indices_tensor]" in kernels
