@@ -95,21 +95,21 @@ def test_the_rate_suits_small_and_large_models(method):
 
 def test_the_batch_grows_with_the_data_within_bounds():
     assert [auto_batch_size(n) for n in (1, 10, 127, 128, 500, 1000, 3000, 100_000)] == [
-        1, 1, 1, 2, 4, 8, 32, 32,
+        1, 1, 1, 1, 2, 4, 16, 32,
     ]  # fmt: skip
 
 
 def test_little_data_is_seen_more_often_and_much_data_less():
     assert auto_epochs(10, 1) == 10  # 100 steps
     assert auto_epochs(1, 1) == 25
-    assert auto_epochs(500, 4) == 3
+    assert auto_epochs(500, 2) == 3
     assert auto_epochs(10_000, 32) == 2
     assert auto_epochs(100_000, 32) == 1
 
 
 def test_a_plan_has_every_number():
     plan = planned()
-    assert (plan.n_epochs, plan.batch_size, plan.total_steps) == (3, 4, 375)
+    assert (plan.n_epochs, plan.batch_size, plan.total_steps) == (3, 2, 750)
     assert plan.learning_rate == pytest.approx(auto_learning_rate("supervised", 192))
     assert (plan.learning_rate_multiplier, plan.lora_rank, plan.max_length) == (1.0, 16, 2048)
     assert not plan.packing and plan.beta is None and plan.seed == 7
@@ -128,7 +128,7 @@ def test_what_is_asked_is_taken():
 
 def test_a_step_is_shared_evenly_by_the_workers():
     assert planned(asked={"batch_size": 7}, workers=4).batch_size == 8
-    assert planned(workers=3).batch_size == 6
+    assert planned(workers=3).batch_size == 3
 
 
 def test_packing_is_for_many_short_examples_on_gpus():
