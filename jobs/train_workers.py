@@ -14,7 +14,6 @@ import secrets
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -23,6 +22,8 @@ from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from llm_engine.fine_tunes.workplace import workplace
 
 MARK = "desk"  # a file that tells whether a worker sees this node's folders
 PIECE = 8 * 2**20  # bytes
@@ -109,10 +110,11 @@ class Stopping:
 class Elsewhere:
     """A worker's own folder, where it does not see the job's."""
 
-    def __init__(self, desk: Any, home: Path) -> None:
+    def __init__(self, desk: Any, home: Path, here: Path) -> None:
+        """`home`: where the job works, on its node; `here`: where this worker does."""
         self._desk = desk
         self._home = home
-        self._here = Path(tempfile.mkdtemp(prefix="llm-engine-train-"))
+        self._here = here
 
     def bring(self, path: str) -> str:
         """What the job has there, with everything in it, on this node."""
@@ -146,9 +148,6 @@ class Elsewhere:
         shutil.rmtree(path, ignore_errors=True)
         return str(self._home / within)
 
-    def leave(self) -> None:
-        shutil.rmtree(self._here, ignore_errors=True)
-
     def _pieces(self, path: str) -> Iterator[bytes]:
         start = 0
         while piece := ray.get(self._desk.read.remote(path, start)):
@@ -160,24 +159,24 @@ def work(given: dict[str, Any]) -> None:
     """What each worker does."""
     from llm_engine.fine_tunes.trainer import train
 
-    desk, home, spec = given["desk"], Path(given["home"]), dict(given["spec"])
-    elsewhere = None if _sees(home, given["mark"]) else Elsewhere(desk, home)
-    if elsewhere is not None:
-        for name in ("train", "valid", "parent", "resume"):
-            if spec[name] is not None:
-                spec[name] = elsewhere.bring(spec[name])
-        spec["out"] = elsewhere.out(spec["out"])
+    desk, home, spec = given["desk"], Path(given["home"]), given["spec"]
 
     def tell(event: dict[str, Any]) -> None:
-        if elsewhere is not None and event.get("path"):
-            event = event | {"path": elsewhere.send(event["path"])}
         ray.get(desk.tell.remote(event))
 
-    try:
-        train(spec, tell, Stopping(desk))
-    finally:
-        if elsewhere is not None:
-            elsewhere.leave()
+    if _sees(home, given["mark"]):
+        return train(spec, tell, Stopping(desk))
+    with workplace("worker") as here:
+        elsewhere = Elsewhere(desk, home, here)
+        inputs = ("train", "valid", "parent", "resume")
+        spec = spec | {name: elsewhere.bring(spec[name]) for name in inputs if spec[name]}
+        spec["out"] = elsewhere.out(spec["out"])
+
+        def send_and_tell(event: dict[str, Any]) -> None:
+            sent = {"path": elsewhere.send(event["path"])} if event.get("path") else {}
+            tell(event | sent)
+
+        train(spec, send_and_tell, Stopping(desk))
 
 
 def _sees(home: Path, mark: str) -> bool:
