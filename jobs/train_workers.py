@@ -285,7 +285,8 @@ def main() -> None:
 
 def _die_with_the_job() -> None:
     """Its workers are Ray's, and die with this process."""
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # not by sys.stdin, which is locked while it waits: at the exit, too
+        pass
     os._exit(1)
 
 
