@@ -27,6 +27,7 @@ STOP_S = 120.0
 _LONGEST_LINE = 2**20
 _TAIL = 8192  # bytes of what it has said last
 _NO_MEMORY = re.compile(r"out of memory|OutOfMemoryError|MemoryError|can't allocate memory", re.I)
+_EXCEPTION = re.compile(r"[\w.]*(Error|Exception)\b")
 _NO_SECRETS = (ENV_KEYS, ENV_SECRET, ENV_STORE)
 
 
@@ -162,11 +163,18 @@ class Trainer:
             return TrainerDied(
                 "it was killed (SIGKILL), which is what happens when memory runs out"
             )
-        lines = [line.strip() for line in said.splitlines() if line.strip()]
-        last = f": {lines[-1][:300]}" if lines else ""
+        words = _last_words(said)
+        last = f": {words[:300]}" if words else ""
         if code is not None and code < 0:
             return TrainerDied(f"it was ended by {signal.Signals(-code).name}{last}")
         return TrainerDied(f"it ended with exit code {code}{last}")
+
+
+def _last_words(said: str) -> str:
+    """The exception that ended it, or else its last line."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    exceptions = [line for line in lines if _EXCEPTION.match(line)]
+    return (exceptions or lines or [""])[-1]
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

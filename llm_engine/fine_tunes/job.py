@@ -204,6 +204,7 @@ class Job:
             "limits": {"max_length": self._limits.max_length},
             "checkpoint_every_s": self._limits.checkpoint_every_s,
             "workers": self._limits.workers,
+            "cpus": self._limits.num_cpus,  # of each of them
             "gpus": self._limits.num_gpus,
             # For the model card.
             "name": record.name,
@@ -222,6 +223,9 @@ class Job:
 
     async def _hear(self, event: dict[str, Any]) -> None:
         match event["event"]:
+            case "waiting":
+                if event["reason"] != self._lease.record.reason:
+                    await self._lease.note(reason=event["reason"])
             case "counted":
                 self._counted = event
             case "planned":
@@ -236,7 +240,8 @@ class Job:
                 await self._keeping.finish(event)
             case "stopped":
                 if event.get("path") and event["step"] > self._keeping.step:
-                    plan = self._lease.record.plan or {}
+                    plan = self._lease.record.plan
+                    assert plan is not None
                     per_epoch = plan["total_steps"] // plan["n_epochs"]
                     ends = event["step"] % per_epoch == 0
                     await self._keeping.keep(event | {"epoch_end": ends})
@@ -249,7 +254,7 @@ class Job:
                 )
 
     async def _start(self, plan: dict[str, Any]) -> None:
-        facts = {"plan": plan, "total_steps": plan["total_steps"]}
+        facts = {"plan": plan, "total_steps": plan["total_steps"], "reason": None}
         record = self._lease.record
         if record.state is _S.VALIDATING:
             await self._tell_of_length(plan)

@@ -14,13 +14,14 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from llm_engine.config import BUILTIN
 from llm_engine.fine_tunes.card import card
+from llm_engine.fine_tunes.data import Example
 from llm_engine.fine_tunes.plan import DPO, TrainingPlan, resolve
 from llm_engine.fine_tunes.trainer_data import (
     Encoder,
@@ -57,6 +58,7 @@ class Spec:
     parent: Path | None = None
     resume: Path | None = None
     checkpoint_every_s: float = 60.0
+    cpus: float = 0  # of a worker; 0: not told, and torch decides
     gpus: float = 0
     #: For the model card.
     name: str | None = None
@@ -85,6 +87,12 @@ def train(spec: dict[str, Any], tell: Tell, stopping: Any) -> None:
         _Run(Spec.of(spec), say, stopping, first).run()
     except Refused as refused:
         say({"event": "failed"} | refused.problem.plain())
+    except _Stopped:
+        say({"event": "stopped", "step": 0, "path": None})
+
+
+class _Stopped(Exception):
+    """Before there was anything to keep."""
 
 
 class _Run:
@@ -93,6 +101,7 @@ class _Run:
         self._tell = tell
         self._stopping = stopping
         self._first = first
+        self._workers = int(os.environ.get("WORLD_SIZE", "1"))
 
     def run(self) -> None:
         for name, value in _ENVIRONMENT.items():
@@ -100,6 +109,7 @@ class _Run:
         if os.path.isdir(self._spec.source):
             os.environ.setdefault("HF_HUB_OFFLINE", "1")
         spec = self._spec
+        self._take_processors()
         spec.out.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(spec.out / "unfinished", ignore_errors=True)
         scratch = Path(tempfile.mkdtemp(prefix="rows-", dir=spec.out))
@@ -107,6 +117,16 @@ class _Run:
             self._train(scratch)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+    def _take_processors(self) -> None:
+        """As many as are reserved: threads that have to wait for a processor hold up all others."""
+        if self._spec.cpus and not self._spec.gpus:
+            count = max(1, int(self._spec.cpus))
+            os.environ["RAYON_NUM_THREADS"] = str(count)
+
+            import torch
+
+            torch.set_num_threads(count)
 
     def _train(self, scratch: Path) -> None:
         from transformers import AutoConfig, AutoTokenizer
@@ -130,8 +150,6 @@ class _Run:
         )  # fmt: skip
         plan = going_on or self._plan(config, made, held, longest)
         self._tell({"event": "planned", "plan": plan.plain()})
-        if self._stopping.is_set():
-            return self._tell({"event": "stopped", "step": 0, "path": None})
         self._fit(plan, tokenizer, made, held)
 
     def _longest(self, config: Any) -> int:
@@ -153,7 +171,6 @@ class _Run:
 
     def _rows(self, tokenizer: Any, longest: int, source: Path, path: Path, param: str) -> Tokens:
         spec = self._spec
-        examples = examples_in(source)
         if tokenizer.chat_template is None and (spec.method == DPO or _are_chats(source)):
             raise Refused(
                 "no_chat_template",
@@ -161,7 +178,9 @@ class _Run:
                 "prompts and completions.",
                 param,
             )
-        made = write_rows(Encoder(tokenizer, spec.method, longest, param), examples, path)
+        made = write_rows(
+            Encoder(tokenizer, spec.method, longest, param), self._until_stopped(source), path
+        )
         if not made.rows:
             raise Refused(
                 f"invalid_{param}",
@@ -170,6 +189,13 @@ class _Run:
                 param,
             )
         return made
+
+    def _until_stopped(self, source: Path) -> Iterator[Example]:
+        for example in examples_in(source):
+            # Several workers stop together, after their first step.
+            if self._stopping.is_set() and self._workers == 1:
+                raise _Stopped
+            yield example
 
     def _plan(self, config: Any, made: Tokens, held: Tokens | None, longest: int) -> TrainingPlan:
         spec = self._spec
@@ -180,7 +206,7 @@ class _Run:
             spec.method, asked, examples=made.examples,
             validation_examples=held.examples if held else 0, tokens_per_epoch=made.tokens,
             hidden_size=config.hidden_size, longest=longest, seed=spec.seed, rows=made.rows,
-            workers=int(os.environ.get("WORLD_SIZE", "1")), bf16=spec.gpus > 0,
+            workers=self._workers, bf16=spec.gpus > 0,
         )  # fmt: skip
 
     def _parents(self, asked: dict[str, Any]) -> dict[str, Any]:
@@ -283,7 +309,8 @@ def _die_with_parent() -> None:
 
 
 def _watch_stdin() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 4096):  # not by sys.stdin, which is locked while it waits: at the exit, too
+        pass
     os._exit(1)
 
 

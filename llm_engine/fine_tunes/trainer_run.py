@@ -35,6 +35,9 @@ PASS_TOKENS = 8192
 LARGE = 300_000_000
 #: Looks at the validation file between epochs' ends: at most so many, and so much of the work.
 MOST_LOOKS, LOOKS_SHARE = 10, 0.3
+#: DPO alone is content when both answers become unlikely, and then the model babbles; so the
+#: preferred one's own likelihood counts as well. With this weight in "The Llama 3 Herd of Models".
+LIKELY = 0.2
 #: TRL's words for what is measured, and ours.
 _METRICS = {
     "loss": "loss",
@@ -226,7 +229,8 @@ def _trainer(
         "peft_config": None if hasattr(model, "peft_config") else lora(plan),
     }
     if plan.method == DPO:
-        return _Preferring(model, args=DPOConfig(beta=plan.beta, **settings), **shared)
+        losses = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, LIKELY]}
+        return _Preferring(model, args=DPOConfig(beta=plan.beta, **losses, **settings), **shared)
     ready = {"dataset_kwargs": {"skip_prepare_dataset": True}, "padding_free": plan.packing}
     return _Supervised(model, args=SFTConfig(**ready, **settings), **shared)
 

@@ -291,7 +291,7 @@ def test_a_paused_one_rests_and_goes_on_where_it_was(bench, tmp_path):
     assert bench.store.fine_tunes.resume(tune.id).state is _S.QUEUED
     bench.run(tune)
     bench.verify(tune, tmp_path, 20)
-    texts = bench.messages(tune)
+    texts = [text for text in bench.messages(tune) if not text.startswith("Checkpoint")]
     assert texts[texts.index("The job was paused") :][:3] == [
         "The job was paused",
         "The job was resumed and moved to queued state",
@@ -394,6 +394,15 @@ def test_one_whose_trainer_always_dies_fails_and_says_why(bench):
     assert error["message"].endswith(
         "the last time it ended with exit code 3: ValueError: no luck."
     )
+
+
+def test_what_ended_the_trainer_is_told_and_not_what_it_said_afterwards(bench):
+    words = (
+        "Traceback ...\n  line 3\nOSError: there is no such model\nsee there\n  <no Python frame>"
+    )
+    tune = bench.tune(40, {"always_die_at": 2, "last_words": words})
+    _, _, record = bench.run(tune)
+    assert record.reason.endswith("exit code 3: OSError: there is no such model")
 
 
 def test_memory_that_runs_out_is_told_in_a_sentence(bench):

@@ -66,7 +66,8 @@ class Bench:
         self.settings: Settings = parse(raw, {})
         self.store = Store.open(self.settings.store_url)
         self.storage = open_storage(self.settings)
-        self._module = module
+        self.module = module
+        self.environment: dict[str, str] = {}  # of its jobs, besides
         self.temporary = folder / "tmp"  # where jobs work
         self.temporary.mkdir(exist_ok=True)
 
@@ -103,10 +104,11 @@ class Bench:
     def start(self, tune: FineTuneRecord, log: IO[str] | int = subprocess.PIPE) -> Job:
         told = {"settings": dump(self.settings, reveal=True) | {"endpoints": []}, "gateways": []}
         return subprocess.Popen(
-            [sys.executable, "-m", self._module, tune.id],
+            [sys.executable, "-m", self.module, tune.id],
             env=os.environ
             | {"LLM_ENGINE_JOB": json.dumps(told), "TMPDIR": str(self.temporary)}
-            | {"PYTHONUNBUFFERED": "1"},
+            | {"PYTHONUNBUFFERED": "1"}
+            | self.environment,
             cwd=ROOT,
             stdout=log,
             stderr=subprocess.STDOUT,
