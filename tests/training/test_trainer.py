@@ -242,7 +242,7 @@ def test_packed_examples_see_only_themselves(few_lines, tmp_path):
 
 def test_a_step_that_is_too_large_goes_in_several_passes(tmp_path):
     """Half the examples are so long that only a few fit into a pass."""
-    turns = [{"role": "user", "content": "What is the capital of France? " * 60},
+    turns = [{"role": "user", "content": "What is the capital of France? " * 80},
              {"role": "assistant", "content": "Paris."}]  # fmt: skip
     short = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
     lines = [{"messages": turns}, {"messages": short}] * 16
@@ -293,10 +293,8 @@ def test_two_workers_train_one_adapter(few_lines, tmp_path):
     [
         ({"asked": {"max_length": 4096}}, "invalid_hyperparameter", "max_length"),
         ({"limits": {"max_length": 8}}, "invalid_training_file", "training_file"),
-        ({"asked": {"learning_rate": 1.0, "learning_rate_multiplier": 1000.0}},
-         "training_diverged", "learning_rate_multiplier"),
     ],
-    ids=["longer than the context", "nothing left to learn", "diverged"],
+    ids=["longer than the context", "nothing left to learn"],
 )  # fmt: skip
 def test_what_the_asker_got_wrong_is_told(few_lines, tmp_path, more, code, param):
     failed = end(trained(spec(few_lines, tmp_path / "out", **more)))
