@@ -45,6 +45,7 @@ class Trainer:
         self.fake: dict[str, Any] = spec["asked"].get("fake", {})
         self.out = Path(spec["out"])
         self.stopping = False
+        self.kept = 0  # the last step that was
         rows = Path(spec["train"]).read_text().splitlines()
         self.examples = [json.loads(row) for row in rows]
         epochs = spec["asked"].get("n_epochs", 2)
@@ -75,7 +76,8 @@ class Trainer:
         saved_at = time.monotonic()
         while self.step < self.total:
             if self.stopping:
-                path = None if fake.get("lazy") else str(self.save())
+                kept = self.step == self.kept
+                path = None if kept else str(self.save())
                 return tell("stopped", step=self.step, path=path)
             time.sleep(fake.get("step_s", 0.005))
             self.one_step(valid)
@@ -126,6 +128,7 @@ class Trainer:
         }
         for file, content in files.items():
             (unfinished / file).write_text(content)
+        self.kept = self.step
         return unfinished.rename(folder)
 
 
