@@ -18,6 +18,17 @@ def read(name: str) -> dict:
     return yaml.safe_load((ROOT / name).read_text())
 
 
+def test_every_section_of_a_configuration_goes_along():
+    told = {
+        "store": {"max_models": 7}, "storage": {"link_expires_s": 77}, "files": {"max_files": 7},
+        "batches": {"max_rows": 7}, "fine_tunes": {"max_rows": 7},
+    }  # fmt: skip
+    apart = {"gateway", "endpoints", "cluster"}  # the last one is `up`'s alone
+    assert told.keys() == config.Settings.model_fields.keys() - apart, "a new section"
+    arguments = serve_config(config.parse(told, {}))["applications"][0]["args"]
+    assert {name: arguments.get(name) for name in told} == told
+
+
 def test_serve_yaml_is_what_the_command_line_prints_for_an_open_default():
     printed = serve_config(config.parse({"gateway": {"host": "0.0.0.0"}}, {}))
     written = read("serve.yaml")
