@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
@@ -53,28 +54,40 @@ class Child:
     """The trainer's process, as the job runs it."""
 
     def __init__(self, spec: dict[str, Any], **environment: str) -> None:
+        self._said = tempfile.TemporaryFile("w+")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "llm_engine.fine_tunes.trainer"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said,
             env=os.environ | ENVIRONMENT | environment, text=True,
         )  # fmt: skip
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(spec) + "\n")
-        self.process.stdin.flush()
+        self.process.stdin.flush()  # and it stays open: at its end the trainer dies
 
     def events(self) -> Iterator[dict[str, Any]]:
         assert self.process.stdout is not None
         yield from map(json.loads, self.process.stdout)
+
+    def end(self, wait_s: float = 60) -> int:
+        """Its exit code; what it said on stderr is in `said` then."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        code = self.process.wait(wait_s)
+        self.process.stdin.close()
+        self.process.stdout.close()
+        with self._said as file:
+            file.seek(0)
+            self.said = file.read()
+        return code
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGTERM)
 
     def finish(self) -> list[dict[str, Any]]:
         """All events; the last one is an end."""
-        told, said = self.process.communicate(timeout=WAIT_S)
-        events = [json.loads(line) for line in told.splitlines()]
+        events = list(self.events())
+        code = self.end(WAIT_S)
         ended = events and events[-1]["event"] in ("done", "stopped", "failed")
-        assert ended and self.process.returncode == 0, said[-3000:]
+        assert ended and code == 0, self.said[-3000:]
         return events
 
 
@@ -89,7 +102,7 @@ def stopped_at(spec: dict[str, Any], step: int) -> dict[str, Any]:
         if event["event"] == "step" and event["step"] == step:
             child.stop()
         last = event
-    child.process.communicate(timeout=30)
+    child.end()
     return last
 
 

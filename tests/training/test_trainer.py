@@ -131,6 +131,16 @@ def test_every_epoch_leaves_a_checkpoint_that_can_be_served(desk):
     assert same_weights(kept[-1]["path"], end(desk)["path"])
 
 
+def test_gone_on_from_the_last_step_it_only_ends(few_lines, tmp_path):
+    given = {"asked": {"n_epochs": 1, "batch_size": 8}, "valid": few_lines}
+    whole = trained(spec(few_lines, tmp_path / "whole", **given))
+    (kept,) = [event for event in whole if event["event"] == "checkpoint"]
+    again = trained(spec(few_lines, tmp_path / "again", **given, resume=kept["path"]))
+    assert steps(again) == [] and same_weights(end(again)["path"], end(whole)["path"])
+    for name in ("trained_tokens", "metrics"):
+        assert end(again)[name] == end(whole)[name]
+
+
 def test_the_result_is_whole(desk):
     folder = Path(end(desk)["path"])
     assert {file.name for file in folder.iterdir()} == FOLDER | {"metrics.json"}
@@ -194,7 +204,7 @@ def test_stopped_before_the_first_step(few_lines, tmp_path):
         last = event
     assert last["event"] == "stopped"
     assert last["step"] == 0 or last["path"]
-    assert child.process.wait(30) == 0
+    assert child.end() == 0
 
 
 def test_it_dies_with_whoever_started_it(few_lines, tmp_path):
@@ -203,7 +213,7 @@ def test_it_dies_with_whoever_started_it(few_lines, tmp_path):
         if event["event"] == "step":
             child.process.stdin.close()
             break
-    assert child.process.wait(20) == 1
+    assert child.end(20) == 1
 
 
 # -- other data, other beginnings
@@ -275,8 +285,8 @@ def test_two_workers_train_one_adapter(few_lines, tmp_path):
         for rank in range(2)
     ]  # fmt: skip
     events = both[0].finish()
-    told, _ = both[1].process.communicate(timeout=60)
-    assert told == ""  # the first alone tells
+    assert list(both[1].events()) == []  # the first alone tells
+    assert both[1].end() == 0
     alone = trained(spec(few_lines, tmp_path / "alone", asked={"n_epochs": 1, "batch_size": 4}))
     assert end(events)["event"] == "done" and len(steps(events)) == len(steps(alone)) == 10
     assert end(events)["trained_tokens"] == end(alone)["trained_tokens"]
@@ -312,8 +322,8 @@ def test_a_parent_of_another_rank_is_told(desk, few_lines, tmp_path):
 
 def test_weights_that_are_not_there_are_a_crash(few_lines, tmp_path):
     child = Child(spec(few_lines, tmp_path / "out", weights=str(tmp_path / "nothing")))
-    told, said = child.process.communicate(timeout=60)
-    assert told == "" and child.process.returncode == 1 and "nothing" in said
+    assert list(child.events()) == []
+    assert child.end() == 1 and "nothing" in child.said
 
 
 def test_a_killed_trainer_leaves_whole_checkpoints_only(few_lines, tmp_path):
@@ -324,7 +334,7 @@ def test_a_killed_trainer_leaves_whole_checkpoints_only(few_lines, tmp_path):
         if event["event"] == "checkpoint" and event["step"] == 5:
             os.kill(child.process.pid, signal.SIGKILL)
             break
-    child.process.communicate(timeout=30)
+    child.end()
     kept = sorted(out.glob("checkpoint-*"))
     assert len(kept) >= 5
     for folder in kept:
