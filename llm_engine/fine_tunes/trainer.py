@@ -266,7 +266,10 @@ class _Run:
         if plan.bf16 and not torch.cuda.is_available():
             raise RuntimeError("fine_tunes.num_gpus asks for a GPU, and this node shows none")
         model = AutoModelForCausalLM.from_pretrained(
-            spec.source, dtype=torch.bfloat16 if plan.bf16 else torch.float32
+            spec.source,
+            dtype=torch.bfloat16 if plan.bf16 else torch.float32,
+            # One process with several GPUs lays the model over them.
+            device_map="auto" if spec.gpus > 1 and self._workers == 1 else None,
         )
         model.config.use_cache = False
         if spec.parent is None:

@@ -131,6 +131,16 @@ def test_every_epoch_leaves_a_checkpoint_that_can_be_served(desk):
     assert same_weights(kept[-1]["path"], end(desk)["path"])
 
 
+def test_gone_on_from_the_last_step_it_only_ends(few_lines, tmp_path):
+    given = {"asked": {"n_epochs": 1, "batch_size": 8}, "valid": few_lines}
+    whole = trained(spec(few_lines, tmp_path / "whole", **given))
+    (kept,) = [event for event in whole if event["event"] == "checkpoint"]
+    again = trained(spec(few_lines, tmp_path / "again", **given, resume=kept["path"]))
+    assert steps(again) == [] and same_weights(end(again)["path"], end(whole)["path"])
+    for name in ("trained_tokens", "metrics"):
+        assert end(again)[name] == end(whole)[name]
+
+
 def test_the_result_is_whole(desk):
     folder = Path(end(desk)["path"])
     assert {file.name for file in folder.iterdir()} == FOLDER | {"metrics.json"}
