@@ -118,7 +118,8 @@ class _Supervised(_Lean, SFTTrainer):
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """TRL's own, but on processors, where its way of sparing memory costs half the speed."""
-        if self.args.device.type != "cpu" or self.aux_loss_enabled or not self._can_keep:
+        other = self.args.device.type != "cpu" or self.aux_loss_enabled or return_outputs
+        if other or not self._can_keep:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.pop("labels")[:, 1:]
         # The vocabulary's product is the dearest: only where some row of the pass speaks.
@@ -216,6 +217,7 @@ def _trainer(
         "bf16": plan.bf16,
         "use_cpu": not on_gpu,
         "ddp_backend": None if on_gpu or workers == 1 else "gloo",
+        "ddp_find_unused_parameters": None if workers == 1 else False,
         "gradient_checkpointing": size >= LARGE,
         "gradient_checkpointing_kwargs": {"use_reentrant": False},
         "dataloader_pin_memory": on_gpu,

@@ -77,7 +77,7 @@ def test_a_fine_tune_survives_the_node_of_its_trainer(tmp_path):
                 path = f"/v1/fine_tuning/jobs/{made['id']}"
 
                 def told() -> list[int]:
-                    events = client.get(f"{path}/events", params={"limit": 100}).json()["data"]
+                    events = nodes.get(f"{path}/events", limit=100).json()["data"]
                     return sorted(event["data"]["step"] for event in events if event["data"])
 
                 eventually(lambda: len(told()) > STEPS // 4, 180, 0.5, "no progress")
@@ -85,13 +85,13 @@ def test_a_fine_tune_survives_the_node_of_its_trainer(tmp_path):
                 kill(nodes.pid(node))
                 assert len(told()) < STEPS
                 ended = eventually(
-                    lambda: (found := client.get(path).json())["status"] == "succeeded" and found,
+                    lambda: (found := nodes.get(path).json())["status"] == "succeeded" and found,
                     240, 0.5,
                 )  # fmt: skip
-                text = client.get(f"/v1/files/{ended['result_files'][0]}/content").text
+                text = nodes.get(f"/v1/files/{ended['result_files'][0]}/content").text
                 left = {f"platform/fine_tunes/{made['id']}/results.csv"}
                 eventually(lambda: objects(server, bucket, "fine_tunes/") == left, 20, 0.5)
-                messages = client.get(f"{path}/events", params={"limit": 100}).json()["data"]
+                messages = nodes.get(f"{path}/events", limit=100).json()["data"]
         assert len(objects(server, bucket, "adapters/")) > 3
         assert [line.split(",")[0] for line in text.split()[1:]] == [
             str(step) for step in range(1, STEPS + 1)

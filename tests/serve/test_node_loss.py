@@ -78,7 +78,7 @@ def test_a_batch_survives_the_node_of_its_job(tmp_path):
                 made = client.post("/v1/batches", json=asked | {"completion_window": "24h"}).json()
 
                 def batch() -> dict[str, Any]:
-                    return client.get(f"/v1/batches/{made['id']}").json()
+                    return nodes.get(f"/v1/batches/{made['id']}").json()
 
                 def done() -> int:
                     return batch()["request_counts"]["completed"]
@@ -92,7 +92,7 @@ def test_a_batch_survives_the_node_of_its_job(tmp_path):
                     lambda: (found := batch())["status"] == "completed" and found, 120, 0.5
                 )
                 assert ended["request_counts"] == {"total": ROWS, "completed": ROWS, "failed": 0}
-                text = client.get(f"/v1/files/{ended['output_file_id']}/content").text
+                text = nodes.get(f"/v1/files/{ended['output_file_id']}/content").text
                 # The parts go once their results can be had.
                 left = {f"platform/batches/{made['id']}", "platform/files"}
                 eventually(lambda: folders(server, bucket) == left, 20, 0.5)
