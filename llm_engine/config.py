@@ -27,6 +27,7 @@ from llm_engine.config_data import (
     BatchSettings,
     FileSettings,
     FineTuneSettings,
+    ResponseSettings,
     Section,
     StorageSettings,
     StoreSettings,
@@ -307,6 +308,7 @@ class Settings(Section):
     files: FileSettings = FileSettings()
     batches: BatchSettings = BatchSettings()
     fine_tunes: FineTuneSettings = FineTuneSettings()
+    responses: ResponseSettings = ResponseSettings()
 
     @property
     def storage_url(self) -> str:

@@ -150,3 +150,34 @@ class FineTuneSettings(Section):
     kept_checkpoints: int = Field(
         3, ge=1, description="Of the last epochs; each can be named as a model."
     )
+
+
+class ResponseSettings(Section):
+    """Responses, conversations, streams, and chats that are stored."""
+
+    expires_s: float = Field(
+        30 * 86400, gt=0, description="How long responses and stored chats are kept. Seconds."
+    )
+    max_open: int = Field(
+        10_000, ge=1, description="Of one owner in the background that have not ended."
+    )
+    max_running: int = Field(
+        64, ge=1, description="Of those in the background, at a time and gateway replica."
+    )
+    max_attempts: int = Field(
+        3, ge=1, description="Gateways that may die over one before it has failed."
+    )
+    lease_s: float = Field(
+        10, ge=2, description="A gateway that is silent for so long is taken for dead. Seconds."
+    )
+    max_chain: int = Field(
+        1_000, ge=1, description="Responses that one goes on from, by previous_response_id."
+    )
+    max_events_bytes: int = Field(
+        8 * 2**20, ge=2**16, description="Events that are kept of one response. Bytes."
+    )
+    max_conversation_items: int = Field(10_000, ge=1, description="Items in a conversation.")
+    max_streams: int = Field(1_000, ge=1, description="Streams of one owner, but archived ones.")
+    max_wait_s: float = Field(
+        25, ge=0, description="Longest wait for events that a client may ask for. Seconds."
+    )

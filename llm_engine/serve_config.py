@@ -29,7 +29,7 @@ def serve_config(settings: Settings) -> dict[str, Any]:
         store["url"] = url
     kept = {
         name: getattr(settings, name).model_dump(mode="json", exclude_defaults=True)
-        for name in ("storage", "files", "batches", "fine_tunes")
+        for name in ("storage", "files", "batches", "fine_tunes", "responses")
     }
     args = {"gateway": told, "store": store, **kept}
     endpoints = [each.model_dump(mode="json", exclude_defaults=True) for each in settings.endpoints]

@@ -1,4 +1,4 @@
-"""The states of endpoints, replicas, batches and fine-tunes."""
+"""The states of endpoints, replicas, batches, fine-tunes, responses and streams."""
 
 from enum import StrEnum
 
@@ -69,3 +69,30 @@ class FineTuneState(StrEnum):
     @property
     def is_final(self) -> bool:
         return self in (FineTuneState.SUCCEEDED, FineTuneState.FAILED, FineTuneState.CANCELLED)
+
+
+class ResponseState(StrEnum):
+    """OpenAI's words; what follows what is drawn in `store/responses.py`."""
+
+    #: In the background, and nobody works on it yet.
+    QUEUED = "queued"
+    IN_PROGRESS = "in_progress"
+    COMPLETED = "completed"
+    #: It ran into a limit before its end; what there is of it is there.
+    INCOMPLETE = "incomplete"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+    @property
+    def is_final(self) -> bool:
+        return self not in (ResponseState.QUEUED, ResponseState.IN_PROGRESS)
+
+
+class StreamState(StrEnum):
+    """sference's words: a named queue that responses are put into."""
+
+    OPEN = "open"
+    #: It takes nothing new, and what had not begun is cancelled.
+    CANCELLED = "cancelled"
+    #: It takes nothing new; what is in it comes to its end.
+    ARCHIVED = "archived"

@@ -50,6 +50,7 @@ class Lock(IntEnum):
     MODELS = 0x6C6C6D68
     BATCHES = 0x6C6C6D69
     FINE_TUNES = 0x6C6C6D6A
+    FEED = 0x6C6C6D6B
 
 
 class Database:

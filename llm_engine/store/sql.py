@@ -9,6 +9,8 @@ from llm_engine.records import Directory, Event, ModelRecord
 from llm_engine.store import tables
 from llm_engine.store.adapters import Adapters
 from llm_engine.store.batches import Batches
+from llm_engine.store.chats import Chats
+from llm_engine.store.conversations import Conversations
 from llm_engine.store.database import Database
 from llm_engine.store.endpoints import Endpoints
 from llm_engine.store.files import Files
@@ -16,6 +18,8 @@ from llm_engine.store.fine_tunes import FineTunes
 from llm_engine.store.idempotency import Idempotency
 from llm_engine.store.keys import Keys
 from llm_engine.store.registered import Registered
+from llm_engine.store.responses import Responses
+from llm_engine.store.streams import Streams
 from llm_engine.store.uploads import Uploads
 
 
@@ -33,6 +37,10 @@ class Store:
         self.batches = Batches(self.database)
         self.fine_tunes = FineTunes(self.database)
         self.adapters = Adapters(self.database)
+        self.responses = Responses(self.database)
+        self.conversations = Conversations(self.database)
+        self.streams = Streams(self.database)
+        self.chats = Chats(self.database)
 
     @classmethod
     def open(cls, url: str) -> "Store":

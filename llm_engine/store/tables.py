@@ -280,3 +280,115 @@ adapters = Table(
     Column("metrics", JSON, nullable=False),
     Column("deleted_at", _Time),
 )
+
+#: Responses. `input` and `output` are of this one turn: what came before is found by `previous`,
+#: or in the conversation up to `context_until`.
+responses = Table(
+    "responses",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("owner", String(100), nullable=False),
+    Column("dialect", String(20), nullable=False),
+    Column("model", String(440), nullable=False),
+    Column("state", String(20), nullable=False),
+    Column("created_at", _Time, nullable=False),
+    Column("ended_at", _Time),
+    Column("expires_at", _Time, nullable=False, index=True),
+    Column("background", Boolean, nullable=False),
+    Column("streamed", Boolean, nullable=False),
+    Column("request", JSON, nullable=False),
+    Column("input", JSON, nullable=False),
+    Column("output", JSON, nullable=False),
+    Column("previous", String(40)),
+    Column("conversation", String(40)),
+    Column("context_until", BigInteger),
+    Column("stream", String(40)),
+    Column("custom_id", String(512)),
+    Column("error", JSON),
+    Column("incomplete", String(40)),
+    Column("usage", JSON),
+    Column("sees_all", Boolean, nullable=False),
+    Column("worker", String(80)),
+    Column("lease_until", _Time, nullable=False),
+    Column("starts", Integer, nullable=False),
+    Column("cancel_asked", Boolean, nullable=False),
+    Column("told", Integer, nullable=False),  # events that are in its log
+    Index(None, "owner", "id"),
+    Index(None, "state", "id"),
+    Index(None, "stream", "state"),
+    Index(None, "worker", "state"),
+)
+
+#: A response's server-sent events, a few to a row: from `first` to `last`, in JSON.
+response_events = Table(
+    "response_events",
+    metadata,
+    Column("response", String(40), primary_key=True),
+    Column("first", Integer, primary_key=True, autoincrement=False),
+    Column("last", Integer, nullable=False),
+    Column("events", Text, nullable=False),
+)
+
+conversations = Table(
+    "conversations",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("owner", String(100), nullable=False, index=True),
+    Column("created_at", _Time, nullable=False),
+    Column("metadata", JSON, nullable=False),
+)
+
+conversation_items = Table(
+    "conversation_items",
+    metadata,
+    Column("serial", _Serial, primary_key=True, autoincrement=True),
+    Column("conversation", String(40), nullable=False),
+    Column("item", String(80), nullable=False),
+    Column("data", JSON, nullable=False),
+    UniqueConstraint("conversation", "item"),
+    Index(None, "conversation", "serial"),
+    sqlite_autoincrement=True,
+)
+
+#: sference's named queues of responses.
+streams = Table(
+    "streams",
+    metadata,
+    Column("id", String(40), primary_key=True),
+    Column("owner", String(100), nullable=False, index=True),
+    Column("name", String(200), nullable=False),
+    Column("window", String(10), nullable=False),
+    Column("state", String(20), nullable=False),
+    Column("created_at", _Time, nullable=False),
+    Column("updated_at", _Time, nullable=False),
+    Column("cancelled_at", _Time),
+    Column("archived_at", _Time),
+)
+
+#: What has come to an end, in the order in which it did: `serial` is given out under a lock, so
+#: that whoever has read up to one misses none.
+feed = Table(
+    "feed",
+    metadata,
+    Column("serial", _Serial, primary_key=True, autoincrement=True),
+    Column("owner", String(100), nullable=False),
+    Column("stream", String(40)),
+    Column("response", String(40), nullable=False, index=True),
+    Index(None, "owner", "stream", "serial"),
+    sqlite_autoincrement=True,
+)
+
+#: Chat completions that were asked for with `store: true`.
+chats = Table(
+    "chats",
+    metadata,
+    Column("id", String(80), primary_key=True),
+    Column("owner", String(100), nullable=False),
+    Column("model", String(440), nullable=False),
+    Column("created_at", _Time, nullable=False),
+    Column("expires_at", _Time, nullable=False, index=True),
+    Column("metadata", JSON, nullable=False),
+    Column("request", JSON, nullable=False),
+    Column("answer", JSON, nullable=False),
+    Index(None, "owner", "created_at", "id"),
+)

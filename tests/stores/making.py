@@ -22,7 +22,8 @@ from llm_engine.records import (
     UploadPart,
     UploadRecord,
 )
-from llm_engine.statuses import BatchState, EndpointState
+from llm_engine.responses import ResponseRecord
+from llm_engine.statuses import BatchState, EndpointState, ResponseState
 from llm_engine.store.endpoints import Change
 from llm_engine.store.sql import Store
 from tests.support.cluster import eventually
@@ -101,6 +102,19 @@ def batch(owner: str = "ann", **facts: Any) -> BatchRecord:
              "window_s": 86400.0, "state": BatchState.VALIDATING, "created_at": now,
              "expires_at": now + 86400.0}  # fmt: skip
     return BatchRecord(new_id("batch"), owner, **given | facts)
+
+
+def message(text: str = "hello", role: str = "user") -> dict[str, Any]:
+    content = [{"type": "input_text" if role == "user" else "output_text", "text": text}]
+    return {"id": new_id("msg"), "type": "message", "role": role, "content": content}
+
+
+def response(owner: str = "ann", **facts: Any) -> ResponseRecord:
+    """In the background, and waiting."""
+    now = time.time()
+    given = {"dialect": "openai", "model": "m", "state": ResponseState.QUEUED, "created_at": now,
+             "expires_at": now + 3600, "background": True, "input": [message()]}  # fmt: skip
+    return ResponseRecord(new_id("resp"), owner, **given | facts)
 
 
 def kinds(store: Store, subject: str) -> list[str]:

@@ -22,6 +22,7 @@ def test_every_section_of_a_configuration_goes_along():
     told = {
         "store": {"max_models": 7}, "storage": {"link_expires_s": 77}, "files": {"max_files": 7},
         "batches": {"max_rows": 7}, "fine_tunes": {"max_rows": 7},
+        "responses": {"max_chain": 7},
     }  # fmt: skip
     apart = {"gateway", "endpoints", "cluster"}  # the last one is `up`'s alone
     assert told.keys() == config.Settings.model_fields.keys() - apart, "a new section"

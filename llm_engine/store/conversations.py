@@ -1,0 +1,159 @@
+"""Conversations: items in the order in which they were added, which responses read and add to."""
+
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import sqlalchemy as sa
+
+from llm_engine.errors import Conflict, NotFound
+from llm_engine.responses import Conversation, Item
+from llm_engine.store import tables
+from llm_engine.store.database import Database
+
+table = tables.conversations.c
+items = tables.conversation_items.c
+
+
+class Placed(NamedTuple):
+    """An item at its place in a conversation."""
+
+    serial: int
+    data: Item
+
+
+class Conversations:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def add(self, record: Conversation, first: list[Item]) -> None:
+        """`first`: items, each with an id."""
+        with self._database.writing() as connection:
+            connection.execute(tables.conversations.insert().values(asdict(record)))
+            append(connection, record.id, first)
+
+    def get(self, conversation: str) -> Conversation:
+        """Raises NotFound."""
+        with self._database.reading() as connection:
+            return _one(connection, conversation)
+
+    def change(self, conversation: str, metadata: dict[str, str]) -> Conversation:
+        """Raises NotFound."""
+        with self._database.writing() as connection:
+            _one(connection, conversation)
+            mine = tables.conversations.update().where(table.id == conversation)
+            connection.execute(mine.values(metadata=metadata))
+            return _one(connection, conversation)
+
+    def delete(self, conversation: str) -> None:
+        """With its items. Raises NotFound."""
+        with self._database.writing() as connection:
+            _one(connection, conversation)
+            connection.execute(
+                tables.conversation_items.delete().where(items.conversation == conversation)
+            )
+            connection.execute(tables.conversations.delete().where(table.id == conversation))
+
+    def add_items(self, conversation: str, new: list[Item], most: int) -> list[Item]:
+        """Raises NotFound; Conflict where an id is there already, or there were over `most`."""
+        with self._database.writing() as connection:
+            _one(connection, conversation, lock=True)
+            counted = sa.select(sa.func.count()).where(items.conversation == conversation)
+            if (connection.execute(counted).scalar() or 0) + len(new) > most:
+                raise Conflict(
+                    f"A conversation has at most {most} items "
+                    "(responses.max_conversation_items). Begin another one.",
+                    param="items",
+                    code="conversation_full",
+                    status=400,
+                )
+            append(connection, conversation, new)
+        return new
+
+    def items(
+        self,
+        conversation: str,
+        *,
+        limit: int,
+        after: str | None = None,
+        newest_first: bool = False,
+        until: int | None = None,
+    ) -> tuple[list[Placed], bool]:
+        """And whether there are more. `until`: of those with no higher serial. Raises NotFound,
+        also where there is no item `after`."""
+        wanted = sa.select(items.serial, items.data).where(items.conversation == conversation)
+        wanted = wanted.order_by(items.serial.desc() if newest_first else items.serial)
+        if until is not None:
+            wanted = wanted.where(items.serial <= until)
+        with self._database.reading() as connection:
+            _one(connection, conversation)
+            if after is not None:
+                place = _item(connection, conversation, after).serial
+                wanted = wanted.where(
+                    items.serial < place if newest_first else items.serial > place
+                )
+            found = [Placed(*row) for row in connection.execute(wanted.limit(limit + 1))]
+        return found[:limit], len(found) > limit
+
+    def item(self, conversation: str, item: str) -> Item:
+        """Raises NotFound."""
+        with self._database.reading() as connection:
+            _one(connection, conversation)
+            return _item(connection, conversation, item).data
+
+    def delete_item(self, conversation: str, item: str) -> Conversation:
+        """The conversation without it. Raises NotFound."""
+        with self._database.writing() as connection:
+            found = _one(connection, conversation)
+            place = _item(connection, conversation, item)
+            connection.execute(
+                tables.conversation_items.delete().where(items.serial == place.serial)
+            )
+        return found
+
+
+def append(connection: sa.Connection, conversation: str, new: Iterable[Item]) -> None:
+    """Those whose id is not there yet. Nothing where the conversation is gone."""
+    wanted = sa.select(table.id).where(table.id == conversation).with_for_update()
+    if connection.execute(wanted).one_or_none() is None:
+        return
+    by_id = {item["id"]: item for item in new}
+    there = sa.select(items.item).where(
+        items.conversation == conversation, items.item.in_(list(by_id))
+    )
+    for known in connection.execute(there).scalars().all():
+        by_id.pop(known)
+    if by_id:
+        rows = [
+            {"conversation": conversation, "item": name, "data": item}
+            for name, item in by_id.items()
+        ]
+        connection.execute(tables.conversation_items.insert(), rows)
+
+
+def no_conversation(conversation: str) -> NotFound:
+    return NotFound(
+        f"Conversation with id '{conversation[:100]}' not found.", param="conversation_id"
+    )
+
+
+def _one(connection: sa.Connection, conversation: str, lock: bool = False) -> Conversation:
+    if "\0" in conversation:  # PostgreSQL knows no such text
+        raise no_conversation(conversation)
+    wanted = sa.select(tables.conversations).where(table.id == conversation)
+    row = connection.execute(wanted.with_for_update() if lock else wanted).one_or_none()
+    if row is None:
+        raise no_conversation(conversation)
+    return Conversation(**row._mapping)
+
+
+def _item(connection: sa.Connection, conversation: str, item: str) -> Any:
+    row = None
+    if "\0" not in item:
+        wanted = sa.select(items.serial, items.data).where(
+            items.conversation == conversation, items.item == item
+        )
+        row = connection.execute(wanted).one_or_none()
+    if row is None:
+        raise NotFound(f"Item with id '{item[:100]}' not found.", param="item_id")
+    return row

@@ -1,0 +1,404 @@
+"""Responses: what was asked, what came of it, who works on it, and the order in which they ended.
+
+    queued ── claim ──▶ in_progress ── end ──▶ completed | incomplete | failed | cancelled
+      ▲                      │
+      └────── release ───────┘  (its gateway stops; one that dies is found by its lease)
+
+Only those in the background are ever queued. What answers while its client waits is written once,
+with its end.
+"""
+
+import time
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, replace
+from typing import Any
+
+import orjson
+import sqlalchemy as sa
+
+from llm_engine.errors import LeaseLost, NotFound, Overloaded
+from llm_engine.responses import FeedEntry, ResponseEnd, ResponseRecord
+from llm_engine.statuses import ResponseState
+from llm_engine.store import conversations, idempotency, tables
+from llm_engine.store.database import Database, Lock
+from llm_engine.store.idempotency import Once
+
+table = tables.responses.c
+feed = tables.feed.c
+log = tables.response_events.c
+ROUTE = "responses"  # of the idempotency keys that make them
+_OPEN = (ResponseState.QUEUED, ResponseState.IN_PROGRESS)
+
+
+class Responses:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    # -- what clients do
+
+    def add(
+        self, record: ResponseRecord, max_open: int | None = None, once: Once | None = None
+    ) -> ResponseRecord:
+        """The record, or what `once` has made before. One that has ended is in the feed, and its
+        conversation, at once. Raises Overloaded where its owner has `max_open` that have not ended,
+        Conflict where `once` was something else, NotFound where its conversation is gone."""
+        ended = record.state.is_final
+        with self._database.writing(alone=Lock.FEED if ended else None) as connection:
+            if once is not None:
+                first = idempotency.claim(connection, once, record.id)
+                if first != record.id:
+                    return _one(connection, first)
+            if max_open is not None and not ended:
+                _check_room(connection, record.owner, max_open)
+            connection.execute(tables.responses.insert().values(asdict(record)))
+            if record.previous is not None:
+                _keep_chain(connection, record)
+            if ended:
+                _publish(connection, record)
+        return record
+
+    def get(self, response: str) -> ResponseRecord:
+        """Raises NotFound, also once it has expired."""
+        with self._database.reading() as connection:
+            return _one(connection, response)
+
+    def chain(self, response: str, longest: int) -> list[ResponseRecord]:
+        """It and what it goes on from, the first one first; `longest` of them at most, and then
+        the first one shown still has a `previous`. The same where one was deleted."""
+        with self._database.reading() as connection:
+            found = [_one(connection, response)]
+            ids = _ancestors(connection, response, longest)[1:]
+            rows = connection.execute(
+                sa.select(tables.responses).where(table.id.in_(ids), _alive())
+            )
+            by_id = {row.id: _read(row) for row in rows}
+        while found[-1].previous in by_id:
+            found.append(by_id.pop(found[-1].previous))
+        return found[::-1]
+
+    def page(
+        self,
+        owner: str | None,
+        *,
+        limit: int,
+        after: str | None = None,
+        stream: str | None = None,
+    ) -> tuple[list[ResponseRecord], bool]:
+        """Newest first, and whether there are more. `owner` None: of all."""
+        wanted = sa.select(tables.responses).where(_alive())
+        wanted = wanted.order_by(table.id.desc()).limit(limit + 1)
+        if owner is not None:
+            wanted = wanted.where(table.owner == owner)
+        if stream is not None:
+            wanted = wanted.where(table.stream == stream)
+        if after is not None:
+            wanted = wanted.where(table.id < after)
+        with self._database.reading() as connection:
+            found = [_read(row) for row in connection.execute(wanted)]
+        return found[:limit], len(found) > limit
+
+    def ask_cancel(self, response: str) -> ResponseRecord:
+        """As it is after that: cancelled where nobody works on it; where somebody does, they see
+        `cancel_asked`. One that has ended stays as it is. Raises NotFound."""
+        with self._database.writing(alone=Lock.FEED) as connection:
+            found = _one(connection, response, lock=True)
+            if found.state.is_final:
+                return found
+            if found.worker is not None and found.lease_until > time.time():
+                return _change(connection, found, cancel_asked=True)
+            return _end(connection, found, ResponseEnd(ResponseState.CANCELLED))
+
+    def delete(self, response: str) -> ResponseRecord:
+        """Whoever works on it finds its lease lost. Raises NotFound."""
+        with self._database.writing() as connection:
+            found = _one(connection, response, lock=True)
+            _remove(connection, [found.id])
+            idempotency.release(connection, found.owner, ROUTE, found.id)
+        return found
+
+    # -- what a gateway does that works on them
+
+    def any_waiting(self) -> bool:
+        """Whether `claim` would find one."""
+        wanted = sa.select(table.id).where(_claimable()).limit(1)
+        with self._database.reading() as connection:
+            return connection.execute(wanted).one_or_none() is not None
+
+    def claim(self, worker: str, lease_s: float, limit: int) -> list[ResponseRecord]:
+        """Become the worker of those that wait, the oldest first, dead gateways' included."""
+        now = time.time()
+        with self._database.writing() as connection:
+            picked = sa.select(table.id).where(_claimable()).order_by(table.id).limit(limit)
+            ids = list(connection.execute(picked.with_for_update(skip_locked=True)).scalars())
+            if not ids:
+                return []
+            rows = connection.execute(
+                tables.responses.update()
+                .where(table.id.in_(ids))
+                .values(
+                    worker=worker,
+                    lease_until=now + lease_s,
+                    starts=table.starts + 1,
+                    state=ResponseState.IN_PROGRESS,
+                )
+                .returning(*table)
+            )
+            return sorted((_read(row) for row in rows), key=lambda record: record.id)
+
+    def held(self, worker: str) -> dict[str, bool]:
+        """What it still works on, and whether that shall be cancelled."""
+        wanted = sa.select(table.id, table.cancel_asked).where(
+            table.worker == worker, table.state == ResponseState.IN_PROGRESS
+        )
+        with self._database.reading() as connection:
+            return {row.id: row.cancel_asked for row in connection.execute(wanted)}
+
+    def beat(self, worker: str, lease_s: float) -> None:
+        """The worker lives."""
+        with self._database.writing() as connection:
+            connection.execute(
+                tables.responses.update()
+                .where(table.worker == worker, table.state == ResponseState.IN_PROGRESS)
+                .values(lease_until=time.time() + lease_s)
+            )
+
+    def release(self, worker: str) -> None:
+        """It stops: others may claim what it has. Nobody is to blame, so it counts as no start."""
+        with self._database.writing() as connection:
+            connection.execute(
+                tables.responses.update()
+                .where(table.worker == worker, table.state == ResponseState.IN_PROGRESS)
+                .values(
+                    worker=None,
+                    lease_until=0.0,
+                    state=ResponseState.QUEUED,
+                    starts=sa.case((table.starts > 0, table.starts - 1), else_=0),
+                )
+            )
+
+    def tell(self, record: ResponseRecord, events: list[bytes]) -> ResponseRecord:
+        """As its worker: more events for its log, in JSON. Raises LeaseLost."""
+        with self._database.writing() as connection:
+            found = _held(connection, record)
+            _log(connection, found, events)
+            return _change(connection, found, told=found.told + len(events))
+
+    def end(
+        self, record: ResponseRecord, end: ResponseEnd, events: list[bytes] | None = None
+    ) -> ResponseRecord:
+        """As its worker: it is over, and these were its last events. Raises LeaseLost."""
+        with self._database.writing(alone=Lock.FEED) as connection:
+            found = _held(connection, record)
+            if events:
+                _log(connection, found, events)
+                found = replace(found, told=found.told + len(events))
+            return _end(connection, found, end)
+
+    # -- what readers follow
+
+    def events(self, response: str, after: int, limit: int = 500) -> list[bytes]:
+        """Its events with a higher sequence number than `after`, in JSON, in order."""
+        wanted = sa.select(log.first, log.events).where(log.response == response, log.last > after)
+        found: list[bytes] = []
+        with self._database.reading() as connection:
+            for row in connection.execute(wanted.order_by(log.first)):
+                lines = row.events.encode().split(b"\n")
+                found += lines[max(0, after + 1 - row.first) :]
+                if len(found) >= limit:
+                    break
+        return found
+
+    def standing(self, responses: Collection[str]) -> dict[str, tuple[int, bool]]:
+        """How many events each has told, and whether it has ended; those that are there."""
+        wanted = sa.select(table.id, table.told, table.state).where(table.id.in_(responses))
+        with self._database.reading() as connection:
+            return {
+                row.id: (row.told, ResponseState(row.state).is_final)
+                for row in connection.execute(wanted)
+            }
+
+    def last_serial(self) -> int:
+        """Of the feed; it never goes back."""
+        with self._database.reading() as connection:
+            return connection.execute(sa.select(sa.func.max(feed.serial))).scalar() or 0
+
+    def feed(
+        self,
+        owner: str | None,
+        stream: str | None,
+        *,
+        limit: int,
+        after: int | None = None,
+        before: int | None = None,
+    ) -> tuple[list[FeedEntry], bool]:
+        """What has ended in `stream`, or outside of all streams, and whether there is more.
+
+        With `after` the entries with a higher serial, oldest first; else newest first.
+        """
+        wanted = (
+            sa.select(feed.serial, tables.responses)
+            .join(tables.responses, table.id == feed.response)
+            .where(feed.stream.is_(None) if stream is None else feed.stream == stream, _alive())
+            .order_by(feed.serial if after is not None else feed.serial.desc())
+            .limit(limit + 1)
+        )
+        if owner is not None:
+            wanted = wanted.where(feed.owner == owner)
+        if after is not None:
+            wanted = wanted.where(feed.serial > after)
+        if before is not None:
+            wanted = wanted.where(feed.serial < before)
+        with self._database.reading() as connection:
+            rows = connection.execute(wanted).all()
+        found = [FeedEntry(row.serial, _read(row)) for row in rows]
+        return found[:limit], len(found) > limit
+
+    def serials(self, responses: Collection[str]) -> dict[str, int]:
+        """Of those that have ended."""
+        wanted = sa.select(feed.response, feed.serial).where(feed.response.in_(responses))
+        with self._database.reading() as connection:
+            return {row.response: row.serial for row in connection.execute(wanted)}
+
+    # -- cleaning up
+
+    def sweep(self, now: float, limit: int = 500) -> int:
+        """Forget some of those that have expired; how many. One that is still worked on stays."""
+        ended = table.state.not_in(_OPEN)
+        wanted = sa.select(table.id).where(table.expires_at <= now, ended).limit(limit)
+        with self._database.writing() as connection:
+            ids = list(connection.execute(wanted).scalars())
+            _remove(connection, ids)
+        return len(ids)
+
+
+def no_response(response: str) -> NotFound:
+    return NotFound(f"Response with id '{response[:100]}' not found.", param="response_id")
+
+
+def cancel_waiting(connection: sa.Connection, stream: str) -> None:
+    """Those of a stream that nobody has begun; under Lock.FEED."""
+    waiting = sa.select(tables.responses).where(
+        table.stream == stream, table.state == ResponseState.QUEUED
+    )
+    for row in connection.execute(waiting.order_by(table.id).with_for_update()).all():
+        _end(connection, _read(row), ResponseEnd(ResponseState.CANCELLED))
+
+
+def _claimable() -> sa.ColumnElement[bool]:
+    abandoned = sa.and_(
+        table.state == ResponseState.IN_PROGRESS,
+        table.background,
+        sa.or_(table.worker.is_(None), table.lease_until < time.time()),
+    )
+    return sa.or_(table.state == ResponseState.QUEUED, abandoned)
+
+
+def _alive() -> sa.ColumnElement[bool]:
+    return table.expires_at > time.time()
+
+
+def _one(connection: sa.Connection, response: str, lock: bool = False) -> ResponseRecord:
+    if "\0" in response:  # PostgreSQL knows no such text
+        raise no_response(response)
+    wanted = sa.select(tables.responses).where(table.id == response, _alive())
+    row = connection.execute(wanted.with_for_update() if lock else wanted).one_or_none()
+    if row is None:
+        raise no_response(response)
+    return _read(row)
+
+
+def _held(connection: sa.Connection, record: ResponseRecord) -> ResponseRecord:
+    wanted = sa.select(tables.responses).where(table.id == record.id).with_for_update()
+    row = connection.execute(wanted).one_or_none()
+    found = None if row is None else _read(row)
+    if found is None or found.worker != record.worker or found.state.is_final:
+        raise LeaseLost(f"another gateway works on {record.id}, or it has ended")
+    return found
+
+
+def _change(connection: sa.Connection, found: ResponseRecord, **values: Any) -> ResponseRecord:
+    connection.execute(tables.responses.update().where(table.id == found.id).values(values))
+    return replace(found, **values)
+
+
+def _end(connection: sa.Connection, found: ResponseRecord, end: ResponseEnd) -> ResponseRecord:
+    ended = _change(
+        connection, found, **asdict(end), told=found.told, ended_at=time.time(),
+        worker=None, lease_until=0.0,
+    )  # fmt: skip
+    _publish(connection, ended)
+    return ended
+
+
+def _publish(connection: sa.Connection, ended: ResponseRecord) -> None:
+    """It has ended: the feed tells it, and its conversation goes on with it."""
+    connection.execute(
+        tables.feed.insert().values(owner=ended.owner, stream=ended.stream, response=ended.id)
+    )
+    good = ended.state in (ResponseState.COMPLETED, ResponseState.INCOMPLETE)
+    if ended.conversation is not None and good:
+        conversations.append(connection, ended.conversation, [*ended.input, *ended.output])
+
+
+def _log(connection: sa.Connection, found: ResponseRecord, events: list[bytes]) -> None:
+    connection.execute(
+        tables.response_events.insert().values(
+            response=found.id,
+            first=found.told,
+            last=found.told + len(events) - 1,
+            events=b"\n".join(events).decode(),
+        )
+    )
+
+
+def _keep_chain(connection: sa.Connection, record: ResponseRecord) -> None:
+    """What it goes on from lives as long as itself."""
+    assert record.previous is not None
+    ids = _ancestors(connection, record.previous, longest=10_000)
+    connection.execute(
+        tables.responses.update()
+        .where(table.id.in_(ids), table.expires_at < record.expires_at)
+        .values(expires_at=record.expires_at)
+    )
+
+
+def _ancestors(connection: sa.Connection, response: str, longest: int) -> list[str]:
+    """It first."""
+    walk = (
+        sa.select(table.id, table.previous, sa.literal(1).label("depth"))
+        .where(table.id == response)
+        .cte("walk", recursive=True)
+    )
+    older = tables.responses.alias()
+    step = sa.select(older.c.id, older.c.previous, walk.c.depth + 1)
+    step = step.join(walk, older.c.id == walk.c.previous).where(walk.c.depth < longest)
+    walk = walk.union_all(step)
+    rows = connection.execute(sa.select(walk.c.id).order_by(walk.c.depth))
+    return list(rows.scalars())
+
+
+def _check_room(connection: sa.Connection, owner: str, most: int) -> None:
+    wanted = sa.select(sa.func.count()).where(table.owner == owner, table.state.in_(_OPEN))
+    if (connection.execute(wanted).scalar() or 0) >= most:
+        raise Overloaded(
+            f"{most} of your responses in the background have not ended, the most that may wait "
+            "(responses.max_open). Retry later.",
+            retry_after=5,
+        )
+
+
+def _remove(connection: sa.Connection, ids: Iterable[str]) -> None:
+    ids = list(ids)
+    connection.execute(tables.feed.delete().where(feed.response.in_(ids)))
+    connection.execute(tables.response_events.delete().where(log.response.in_(ids)))
+    connection.execute(tables.responses.delete().where(table.id.in_(ids)))
+
+
+def _read(row: Any) -> ResponseRecord:
+    values = {name: row._mapping[name] for name in table.keys()}
+    return ResponseRecord(**values | {"state": ResponseState(row.state)})
+
+
+def as_lines(events: Iterable[dict[str, Any]]) -> list[bytes]:
+    """Events as `tell` takes them: JSON, a line each."""
+    return [orjson.dumps(event) for event in events]
