@@ -170,6 +170,12 @@ class ResponseSettings(Section):
     lease_s: float = Field(
         10, ge=2, description="A gateway that is silent for so long is taken for dead. Seconds."
     )
+    background_timeout_s: float = Field(
+        86400,
+        gt=0,
+        description="How long one in the background waits for its model before it has failed. "
+        "Seconds.",
+    )
     max_chain: int = Field(
         1_000, ge=1, description="Responses that one goes on from, by previous_response_id."
     )

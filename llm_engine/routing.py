@@ -70,9 +70,14 @@ class Balancer:
         return endpoint
 
     def choose(
-        self, endpoint: EndpointStatus, exclude: Collection[str] = (), adapter: str | None = None
+        self,
+        endpoint: EndpointStatus,
+        exclude: Collection[str] = (),
+        adapter: str | None = None,
+        session: str | None = None,
     ) -> ReplicaReport:
-        """The replica to ask, with `adapter` one that can load it. Raises Unavailable (none is
+        """The replica to ask, with `adapter` one that can load it, with `session` the one that had
+        its earlier requests, if it may be. Raises Unavailable (none is
         ready) or Overloaded (all are full)."""
         ready = [r for r in self.table.replicas.get(endpoint.name, ()) if r.replica not in exclude]
         if adapter is not None:
@@ -84,8 +89,7 @@ class Balancer:
         pool = trusted or ready
         picked = pool if len(pool) <= 2 else random.sample(pool, 2)
         best = min(picked, key=self.cost) if len(picked) > 1 else picked[0]
-        if adapter is not None and len(pool) > 1:
-            home = self._home(pool, adapter)
+        if len(pool) > 1 and (home := self._home(pool, adapter, session)) is not None:
             detour = DETOUR * endpoint.target_queue_depth
             best = home if self.cost(home) <= self.cost(best) + detour else best
         # What is in flight from here is exact; what others have there is a guess by now, and the
@@ -96,12 +100,18 @@ class Balancer:
                 raise self.overloaded(endpoint)
         return best
 
-    def _home(self, pool: Sequence[ReplicaReport], adapter: str) -> ReplicaReport:
-        """Who has the adapter in memory; before anybody has, the one that every ingress picks."""
-        holders = [r for r in pool if adapter in r.load.adapters]
-        if holders:
+    def _home(
+        self, pool: Sequence[ReplicaReport], adapter: str | None, session: str | None
+    ) -> ReplicaReport | None:
+        """Who has the adapter in memory, or what the session's requests begin with; before anybody
+        has, the one that every ingress picks (rendezvous hashing, Thaler and Ravishankar 1996)."""
+        holders = [r for r in pool if adapter in r.load.adapters] if adapter is not None else []
+        name = session or adapter
+        if name is None:
+            return None
+        if holders and session is None:
             return min(holders, key=self.cost)
-        return max(pool, key=lambda r: crc32(f"{adapter} {r.replica}".encode()))
+        return max(holders or pool, key=lambda r: crc32(f"{name} {r.replica}".encode()))
 
     def cost(self, replica: ReplicaReport) -> int:
         return self._in_flight[replica.replica] + self._others.get(replica.replica, 0)

@@ -17,10 +17,19 @@ from llm_engine.api.auth import Keyring, Scheme
 from llm_engine.api.cold import PRINCIPAL, SERVER_ERROR, Render, build_cold, having
 from llm_engine.api.dispatch import Dispatcher
 from llm_engine.api.http import Call, ClientGone, Receive, Scope, Send, openai_error
-from llm_engine.api.openai import batches, files, fine_tuning, models, uploads
+from llm_engine.api.openai import (
+    batches,
+    conversations,
+    files,
+    fine_tuning,
+    models,
+    responses,
+    uploads,
+)
 from llm_engine.api.openai.inference import Inference
 from llm_engine.api.requests import Kind
-from llm_engine.errors import APIError, InternalError, MethodNotAllowed, Overloaded
+from llm_engine.api.responses.operations import Responses
+from llm_engine.errors import APIError, InternalError, Overloaded
 from llm_engine.services import Services
 from llm_engine.statuses import EndpointState
 
@@ -43,25 +52,29 @@ class Mount:
 
 def build_app(services: Services) -> "Gateway":
     dispatcher = Dispatcher(services)
+    background = Responses(services, dispatcher)
     return Gateway(
         services,
+        background,
         [
             _mount_llm_engine(services, dispatcher),
             _mount_root_signals(services),
             _mount_sference(services, dispatcher, "/sference"),
             _mount_sference(services, dispatcher, "/sference-legacy"),
-            _mount_openai(services, dispatcher),  # last: its prefix is everybody's
+            _mount_openai(services, dispatcher, background),  # last: its prefix is everybody's
         ],
     )
 
 
-def _mount_openai(services: Services, dispatcher: Dispatcher) -> Mount:
+def _mount_openai(services: Services, dispatcher: Dispatcher, kept: Responses) -> Mount:
     cold = build_cold(openai_error)
     cold.include_router(models.build_router(services))
     cold.include_router(batches.build_router(services))
     cold.include_router(files.build_router(services))
     cold.include_router(uploads.build_router(services))
     cold.include_router(fine_tuning.build_router(services))
+    cold.include_router(responses.build_router(services, dispatcher, kept))
+    cold.include_router(conversations.build_router(services))
     cold.include_router(downloads.build_router(services))
     cold.include_router(admin.build_router(services))
     _add_operations(cold, services)
@@ -74,6 +87,7 @@ def _mount_openai(services: Services, dispatcher: Dispatcher) -> Mount:
             "/v1/chat/completions": Inference(services, dispatcher, Kind.CHAT),
             "/v1/completions": Inference(services, dispatcher, Kind.COMPLETIONS),
             "/v1/embeddings": Inference(services, dispatcher, Kind.EMBEDDINGS),
+            "/v1/responses": responses.CreateResponse(services, kept),
         },
     )
 
@@ -124,8 +138,9 @@ def _mount_sference(services: Services, dispatcher: Dispatcher, prefix: str) -> 
 class Gateway:
     """Keys, request ids and error objects for every path, whoever answers it."""
 
-    def __init__(self, services: Services, mounts: list[Mount]) -> None:
+    def __init__(self, services: Services, responses: Responses, mounts: list[Mount]) -> None:
         self._mounts = mounts
+        self._responses = responses
         self._hot = {path: mount for mount in mounts for path in mount.hot}
         self._keys = Keyring(services)
         self._limit = services.settings.gateway.max_in_flight
@@ -161,12 +176,10 @@ class Gateway:
             return await call.reply(200, b"{}", [(b"allow", b"GET, POST, OPTIONS")])
         if path not in OPEN_PATHS and not downloads.is_signed(call.scope):
             call.principal = await self._keys.identify(call, mount.schemes)
-        handler = mount.hot.get(path)
+        handler = mount.hot.get(path) if method == "POST" else None
         if handler is None:
             call.scope[PRINCIPAL] = call.principal
             return await mount.cold(call.scope, call.receive, _with_headers(call))
-        if method != "POST":
-            raise MethodNotAllowed(f"{path} takes POST, not {method}.")
         if self._in_flight > self._limit:
             raise Overloaded(
                 f"This server carries at most {self._limit} requests at once "
@@ -189,9 +202,21 @@ class Gateway:
 
     async def _refuse_protocol(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            return await self._mounts[-1].cold(scope, receive, send)
+            return await self._live(receive, send)
         await receive()
         await send({"type": "websocket.close", "code": 1003})
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        """ASGI's lifespan: what goes on besides requests."""
+        while True:
+            word = (await receive())["type"]
+            if word == "lifespan.startup":
+                await self._responses.start()
+            else:
+                await self._responses.stop()
+            await send({"type": f"{word}.complete"})
+            if word == "lifespan.shutdown":
+                return
 
 
 def _with_headers(call: Call) -> Send:

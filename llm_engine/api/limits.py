@@ -14,8 +14,9 @@ from llm_engine.records import ModelRecord
 #: with it is rarely above the truth, so that hardly anything that fits is refused here; what does
 #: not fit and passes is refused by the model itself.
 BYTES_PER_TOKEN = 8
-_OUTPUT = ("max_completion_tokens", "max_tokens")
-_PROMPT = {Kind.CHAT: "messages", Kind.COMPLETIONS: "prompt", Kind.EMBEDDINGS: "input"}
+_OUTPUT = ("max_completion_tokens", "max_tokens", "max_output_tokens")
+_PROMPT = {Kind.CHAT: "messages", Kind.COMPLETIONS: "prompt"}
+_TALKS = (Kind.CHAT, Kind.RESPONSES)
 
 
 def hold(
@@ -47,9 +48,11 @@ def hold(
         )
     # Text completions that do not say end after 16 tokens, as OpenAI has it. An engine whose
     # context is no longer than the ceiling keeps below it by itself, and would refuse it.
-    if asked is not None or request.kind is not Kind.CHAT or 0 < served_context <= ceiling:
+    if asked is not None or request.kind not in _TALKS or 0 < served_context <= ceiling:
         return request
-    return replace(request, body=orjson.dumps(data | {output_field(models[-1]): ceiling}))
+    talk = request.kind is Kind.RESPONSES
+    field = "max_output_tokens" if talk else output_field(models[-1])
+    return replace(request, body=orjson.dumps(data | {field: ceiling}))
 
 
 def output_field(model: ModelRecord) -> str:
@@ -71,7 +74,7 @@ def _context(model: ModelRecord) -> int:
 def _check_context(
     request: EngineRequest, model: ModelRecord, data: dict[str, Any], output_tokens: int
 ) -> None:
-    field = _PROMPT[request.kind]
+    field = _PROMPT.get(request.kind, "input")
     tokens = _estimate(request.kind, data.get(field))
     if tokens + output_tokens > _context(model):
         raise InvalidRequest(
@@ -85,7 +88,7 @@ def _check_context(
 
 def _estimate(kind: Kind, prompt: Any) -> int:
     """Tokens of the longest prompt: each of several has the context to itself."""
-    if kind is Kind.CHAT:
+    if kind in _TALKS:
         return max(1, sum(_text_bytes(message) for message in prompt) // BYTES_PER_TOKEN)
     several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
     return max((_length(each) for each in (prompt if several else [prompt])), default=1)
@@ -99,7 +102,7 @@ def _length(prompt: Any) -> int:
 
 def _text_bytes(message: dict[str, Any]) -> int:
     """Only what is text: nobody here knows how many tokens an image is."""
-    content = message.get("content")
+    content = message.get("content", message.get("output"))
     texts = [content] if isinstance(content, str) else []
     if isinstance(content, list):
         texts += [part.get("text") for part in content if isinstance(part, dict)]

@@ -74,7 +74,7 @@ class Replicas:
         last: APIError | None = None
         for _ in range(MAX_ATTEMPTS):
             try:
-                replica = self._balancer.choose(endpoint, failed, request.adapter)
+                replica = self._balancer.choose(endpoint, failed, request.adapter, request.session)
             except (Unavailable, Overloaded):
                 if last is not None:
                     raise last from None

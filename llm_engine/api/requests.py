@@ -18,6 +18,7 @@ class Kind(StrEnum):
     CHAT = "chat.completions"
     COMPLETIONS = "completions"
     EMBEDDINGS = "embeddings"
+    RESPONSES = "responses"
 
     @property
     def task(self) -> str:
@@ -40,6 +41,7 @@ class EngineRequest:
     shown: str | None = None  # what answers call the model, where engines call it otherwise
     batch: bool = False  # nobody waits for it
     adapter: str | None = None  # the id of what the engine is to answer with
+    session: str | None = None  # requests with the same one begin alike: one replica has its cache
 
     @property
     def called(self) -> str:

@@ -38,4 +38,11 @@ class Splitter:
 
     def feed(self, data: bytes) -> list[bytes]:
         *whole, self._rest = (self._rest + data).split(b"\n\n")
-        return [part[6:] for part in whole if part.startswith(b"data: ")]
+        return [part[_data(part) :] for part in whole if _data(part)]
+
+
+def _data(event: bytes) -> int:
+    """Where its data begin, behind its name where it has one; 0: it has none."""
+    if event.startswith(b"event: "):
+        return event.find(b"\ndata: ") + 7 if b"\ndata: " in event else 0
+    return 6 if event.startswith(b"data: ") else 0

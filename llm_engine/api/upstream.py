@@ -68,6 +68,12 @@ class Upstreams:
         self, call: Call, request: EngineRequest, form: Form, model: ModelRecord, shown: str
     ) -> None:
         """Answers the call, or raises APIError while nothing has been sent yet."""
+        if request.kind is Kind.RESPONSES:
+            raise InvalidRequest(
+                f"'{shown}' is an external model: it answers at /v1/chat/completions.",
+                param="model",
+                code="invalid_value",
+            )
         sent = rename(request, model.model or model.name, shown)
         key = self._safe.reveal(model.sealed_key) if model.sealed_key is not None else None
         exchange = _Exchange(replace(sent, shown=shown), form, shown, key)

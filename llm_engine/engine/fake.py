@@ -1,7 +1,8 @@
 """An engine with no weights: the same words to every prompt, as fast as HTTP goes.
 
 For overhead benchmarks and quick tests, never for answers. Understands of OpenAI's fields just
-`stream`, `max_tokens`, `input` and `seed`, with which a whole text begins, to tell it from others.
+`stream`, `max_tokens` and its other names, `input`, and `seed`, with which a whole text begins, to
+tell it from others.
 Its `vllm_args` are `load_delay_s`, `token_delay_s`, `max_num_seqs` and `max_model_len`; anything
 else is refused. Knows nothing of vLLM.
 """
@@ -83,6 +84,8 @@ class FakeEngine:
 
     async def _generate(self, path: str, body: dict[str, Any], send: Any) -> None:
         count = body.get("max_completion_tokens") or body.get("max_tokens") or 16
+        if path == "/v1/responses":
+            return await self._respond(body, send)
         chat = path == "/v1/chat/completions"
         kind = "chat.completion" if chat else "text_completion"
         head = {
@@ -109,6 +112,48 @@ class FakeEngine:
             event = b"data: " + json.dumps(head | {"choices": [choice]}).encode() + b"\n\n"
             await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
+
+    async def _respond(self, body: dict[str, Any], send: Any) -> None:
+        """As vLLM does: its events have names, and the last one holds it all."""
+        count = body.get("max_output_tokens") or 16
+        text = WORD * count if body.get("seed") is None else f"{body['seed']} {WORD * count}"
+        usage = {"input_tokens": len(body["input"]), "output_tokens": count}
+        part = {"type": "output_text", "text": text, "annotations": [], "logprobs": None}
+        name = f"msg_{body['request_id']}"
+        item = {"id": name, "type": "message", "role": "assistant", "status": "completed"}
+        whole = {
+            "id": body["request_id"], "object": "response", "model": body["model"],
+            "status": "completed", "output": [item | {"content": [part]}],
+            "usage": usage | {"total_tokens": sum(usage.values())},
+        }  # fmt: skip
+        if not body.get("stream"):
+            await asyncio.sleep(count * self.options["token_delay_s"])
+            self.generated_tokens += count
+            return await reply(send, 200, whole)
+
+        async def tell(kind: str, **facts: Any) -> None:
+            event = {"type": f"response.{kind}", "sequence_number": 0} | facts
+            data = f"event: {event['type']}\ndata: {json.dumps(event)}\n\n".encode()
+            await send({"type": "http.response.body", "body": data, "more_body": True})
+
+        await send(start(200, b"text/event-stream; charset=utf-8"))
+        at: dict[str, Any] = {"item_id": name, "output_index": 0, "content_index": 0}
+        begun = whole | {"status": "in_progress", "output": []}
+        await tell("created", response=begun)
+        await tell("in_progress", response=begun)
+        await tell("output_item.added", item=item | {"content": []}, output_index=0)
+        await tell("content_part.added", part=part | {"text": ""}, **at)
+        for piece in [text[: -len(WORD) * count]] * bool(text[: -len(WORD) * count]) + [
+            WORD
+        ] * count:
+            await asyncio.sleep(self.options["token_delay_s"])
+            self.generated_tokens += 1
+            await tell("output_text.delta", delta=piece, logprobs=None, **at)
+        await tell("output_text.done", text=text, logprobs=None, **at)
+        await tell("content_part.done", part=part, **at)
+        await tell("output_item.done", item=whole["output"][0], output_index=0)
+        await tell("completed", response=whole)
+        await send({"type": "http.response.body", "body": b""})
 
 
 class FakeGuard(Guard):

@@ -37,11 +37,15 @@ class Responses:
     # -- what clients do
 
     def add(
-        self, record: ResponseRecord, max_open: int | None = None, once: Once | None = None
+        self,
+        record: ResponseRecord,
+        events: list[bytes] | None = None,
+        max_open: int | None = None,
+        once: Once | None = None,
     ) -> ResponseRecord:
-        """The record, or what `once` has made before. One that has ended is in the feed, and its
-        conversation, at once. Raises Overloaded where its owner has `max_open` that have not ended,
-        Conflict where `once` was something else, NotFound where its conversation is gone."""
+        """The record, or what `once` has made before, with its first events. One that has ended is
+        in the feed, and its conversation, at once. Raises Overloaded where its owner has `max_open`
+        that have not ended, Conflict where `once` was something else."""
         ended = record.state.is_final
         with self._database.writing(alone=Lock.FEED if ended else None) as connection:
             if once is not None:
@@ -50,6 +54,9 @@ class Responses:
                     return _one(connection, first)
             if max_open is not None and not ended:
                 _check_room(connection, record.owner, max_open)
+            if events:
+                _log(connection, record, events)
+                record = replace(record, told=len(events))
             connection.execute(tables.responses.insert().values(asdict(record)))
             if record.previous is not None:
                 _keep_chain(connection, record)
@@ -217,10 +224,13 @@ class Responses:
                 for row in connection.execute(wanted)
             }
 
-    def last_serial(self) -> int:
-        """Of the feed; it never goes back."""
+    def news(self, serial: int) -> tuple[int, set[tuple[str, str | None]]]:
+        """The feed's last serial, which never goes back, and whose entries came after `serial`:
+        of which owner, in which stream."""
+        later = sa.select(feed.owner, feed.stream).where(feed.serial > serial).distinct()
         with self._database.reading() as connection:
-            return connection.execute(sa.select(sa.func.max(feed.serial))).scalar() or 0
+            last = connection.execute(sa.select(sa.func.max(feed.serial))).scalar() or 0
+            return last, {(row.owner, row.stream) for row in connection.execute(later)}
 
     def feed(
         self,

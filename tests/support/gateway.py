@@ -92,9 +92,7 @@ class GatewayThread:
             self.services = Services(self.settings, Balancer(), store, nudge=self.refresh)
             self.services.update(await self._start_engines(), store.directory())
             server = uvicorn.Server(
-                uvicorn.Config(
-                    build_app(self.services), port=0, lifespan="off", log_level="warning"
-                )
+                uvicorn.Config(build_app(self.services), port=0, lifespan="on", log_level="warning")
             )
             server.install_signal_handlers = lambda: None
             serving = asyncio.create_task(server.serve())

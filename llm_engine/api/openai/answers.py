@@ -293,5 +293,5 @@ def _param(param: Any, message: str, request: EngineRequest) -> str | None:
 
 
 def _prompt_of(request: EngineRequest) -> str:
-    names = {Kind.CHAT: "messages", Kind.COMPLETIONS: "prompt", Kind.EMBEDDINGS: "input"}
-    return names[request.kind]
+    names = {Kind.CHAT: "messages", Kind.COMPLETIONS: "prompt"}
+    return names.get(request.kind, "input")

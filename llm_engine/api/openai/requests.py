@@ -1,4 +1,4 @@
-"""A raw body of /v1/chat/completions, /v1/completions or /v1/embeddings, checked.
+"""A raw body of an inference route, checked.
 
 What comes out goes to vLLM: the caller's own bytes, unless a field must be put into words that
 vLLM understands. Refuse, never ignore. No I/O.
@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 from pydantic import TypeAdapter, ValidationError
 
-from llm_engine.api.openai import fields, problems
+from llm_engine.api.openai import fields, problems, response_fields
 from llm_engine.api.requests import EngineRequest, Kind
 from llm_engine.errors import InvalidRequest
 
@@ -30,6 +30,18 @@ class _Route:
 
 def parse(kind: Kind, body: bytes) -> EngineRequest:
     """Raises InvalidRequest for the first thing that is wrong."""
+    data, changes = check(kind, body)
+    if changes:
+        body = orjson.dumps(changed(data, changes))
+    path = _ROUTES[kind].path
+    if kind is Kind.EMBEDDINGS:
+        # vLLM's answer has all that OpenAI requires, and may be megabytes.
+        return EngineRequest(kind, path, data["model"], False, body, False)
+    return _generation(kind, path, data, body)
+
+
+def check(kind: Kind, body: bytes) -> tuple[Body, Body]:
+    """What is asked for, and what must change of it on its way to vLLM. Raises as `parse`."""
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError as error:
@@ -43,13 +55,11 @@ def parse(kind: Kind, body: bytes) -> EngineRequest:
         route.shape.validate_python(data)
     except ValidationError as error:
         raise problems.from_validation(error, data) from None
-    changes = route.check(data)
-    if changes:
-        body = orjson.dumps({k: v for k, v in (data | changes).items() if v is not _DROP})
-    if kind is Kind.EMBEDDINGS:
-        # vLLM's answer has all that OpenAI requires, and may be megabytes.
-        return EngineRequest(kind, route.path, data["model"], False, body, False)
-    return _generation(kind, route.path, data, body)
+    return data, route.check(data)
+
+
+def changed(data: Body, changes: Body) -> Body:
+    return {k: v for k, v in (data | changes).items() if v is not _DROP}
 
 
 def is_known(kind: Kind, field: str) -> bool:
@@ -145,7 +155,10 @@ def _check_tool_choice(data: Body) -> Body:
 
 
 def _find(tools: dict[str, Body], reference: Body, path: problems.Path) -> Body:
-    name = reference["function"]["name"]
+    return _named(tools, reference["function"]["name"], path)
+
+
+def _named(tools: dict[str, Body], name: str, path: problems.Path) -> Body:
     if name not in tools:
         raise problems.invalid(
             f"Invalid value for '{problems.param_of(path)}': {problems.show(name)} is not one of "
@@ -202,6 +215,50 @@ def _check_generate(data: Body) -> Body:
     if "suppress_tokens" in data:
         changes["suppress_tokens"] = _DROP
     return changes
+
+
+def _check_response(data: Body) -> Body:
+    get = data.get
+    if get("previous_response_id") is not None and get("conversation") is not None:
+        raise problems.invalid(
+            "Mutually exclusive parameters: 'previous_response_id' and 'conversation'. Use one.",
+            "previous_response_id",
+            "mutually_exclusive_parameters",
+        )
+    for param in ("background", "conversation"):
+        if get(param) and get("store") is False:
+            raise problems.invalid(
+                f"Invalid '{param}': it needs 'store' to be true.", param, "invalid_value"
+            )
+    changes = _check_generate({k: v for k, v in data.items() if k != "stream_options"})
+    if get("tool_choice") is not None:
+        changes |= _check_function_choice(data)
+    include = get("include") or []
+    if get("top_logprobs") and _LOGPROBS not in include:
+        changes["include"] = [*include, _LOGPROBS]
+    return changes
+
+
+_LOGPROBS = "message.output_text.logprobs"
+
+
+def _check_function_choice(data: Body) -> Body:
+    choice, tools = data["tool_choice"], data.get("tools")
+    if choice in ("none", "auto"):
+        return {}
+    if not tools:
+        raise _only_with("tool_choice", "tools")
+    if isinstance(choice, str):
+        return {}
+    by_name = {tool["name"]: tool for tool in tools}
+    if choice["type"] == "function":
+        _named(by_name, choice["name"], ("tool_choice", "name"))
+        return {}
+    wanted = [
+        _named(by_name, tool["name"], ("tool_choice", "tools", index, "name"))
+        for index, tool in enumerate(choice["tools"])
+    ]
+    return {"tools": wanted, "tool_choice": choice["mode"]}
 
 
 def _only_with(param: str, other: str) -> InvalidRequest:
@@ -261,5 +318,11 @@ _ROUTES = {
     ),
     Kind.EMBEDDINGS: _route(
         "/v1/embeddings", fields.EMBEDDING, fields.VLLM_EMBEDDING, lambda data: {}
+    ),
+    Kind.RESPONSES: _route(
+        "/v1/responses",
+        response_fields.RESPONSES,
+        response_fields.VLLM_RESPONSES,
+        _check_response,
     ),
 }

@@ -29,7 +29,7 @@ MOST_LISTED = 1_000
 MOST_CHECKED = 2
 DIALECT = "sference"
 _WINDOW_S = 24 * 3600.0
-_PATHS = tuple(f"/v1/{kind.replace('.', '/')}" for kind in Kind)
+_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 
 
 def build_router(services: Services) -> APIRouter:

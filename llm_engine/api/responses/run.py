@@ -1,0 +1,124 @@
+"""One response in the background, from its claim to its end."""
+
+import asyncio
+import logging
+import time
+from typing import Any
+
+from llm_engine.api.dispatch import Dispatcher
+from llm_engine.api.responses.asking import ask
+from llm_engine.api.responses.context import context_of
+from llm_engine.api.responses.engine import engine_request
+from llm_engine.api.responses.tail import Tail
+from llm_engine.api.responses.turn import Turn, ended
+from llm_engine.errors import APIError, InternalError
+from llm_engine.patience import backoff, patiently
+from llm_engine.records import Principal, Scope
+from llm_engine.responses import ResponseEnd, ResponseRecord
+from llm_engine.services import Services
+from llm_engine.statuses import ResponseState
+
+logger = logging.getLogger("llm_engine.api")
+
+#: Events are written together: so many, or those of so long.
+TOGETHER, TOGETHER_S = 32, 0.05
+#: What passes by itself: waited out until the response's time is over.
+_PASSES = frozenset({429, 502, 503, 504})
+
+
+class Run:
+    """`run` returns once it has ended. Raises LeaseLost, and StoreUnavailable where the store is
+    away for too long."""
+
+    def __init__(
+        self, services: Services, dispatcher: Dispatcher, tail: Tail, record: ResponseRecord
+    ) -> None:
+        self._services = services
+        self._dispatcher = dispatcher
+        self._tail = tail
+        self._store = services.store.responses
+        self._limits = services.settings.responses
+        self._record = record
+        self._turn = Turn(record)
+        self._unsaid: list[bytes] = []
+        self._saved_at = time.monotonic()
+        self._bytes = 0
+
+    async def run(self) -> None:
+        if problem := self._problem():
+            self._turn.fail(problem)
+            return await self._end(self._turn.close())
+        scopes = {Scope.INFERENCE}
+        who = Principal(self._record.owner, frozenset(scopes), sees_all=self._record.sees_all)
+        if self._record.streamed:
+            self._turn.begin("in_progress")
+        tries = 0
+        while True:
+            try:
+                before = await context_of(self._services, who, self._record)
+                request = engine_request(self._record, before, self._record.streamed)
+                await ask(
+                    self._dispatcher, who, request, self._turn, _forever,
+                    self._progress if self._record.streamed else None,
+                )  # fmt: skip
+                break
+            except APIError as error:
+                late = time.time() - self._record.created_at > self._limits.background_timeout_s
+                if error.status not in _PASSES or late or self._turn.told_output:
+                    self._turn.fail(error)
+                    break
+                logger.info("%s waits: %s", self._record.id, error)
+            await asyncio.sleep(backoff(tries))
+            tries += 1
+        await self._end(self._turn.close())
+
+    async def cancelled(self) -> None:
+        """As `run`, where somebody has asked for it."""
+        await self._end(ResponseEnd(ResponseState.CANCELLED))
+
+    def _problem(self) -> APIError | None:
+        """Why it is not begun once more."""
+        if self._record.starts > self._limits.max_attempts:
+            return InternalError(
+                f"{self._limits.max_attempts} gateways died while they worked on this response "
+                "(responses.max_attempts)."
+            )
+        # Of one that is streamed some were told already: another answer would not fit to them.
+        if self._record.starts > 1 and self._record.told > 3:
+            return InternalError(
+                "The gateway that worked on this response was lost, with a part of the answer told "
+                "already. Send the request again."
+            )
+        return None
+
+    async def _progress(self) -> None:
+        new = self._turn.take()
+        self._unsaid += new
+        self._bytes += sum(map(len, new))
+        if self._bytes > self._limits.max_events_bytes:
+            raise InternalError(
+                f"The events of this response are over {self._limits.max_events_bytes} bytes "
+                "(responses.max_events_bytes)."
+            )
+        waited = time.monotonic() - self._saved_at
+        if len(self._unsaid) >= TOGETHER or (self._unsaid and waited >= TOGETHER_S):
+            await self._save()
+
+    async def _save(self) -> None:
+        events, self._unsaid = self._unsaid, []
+        self._record = await patiently(self._store.tell, self._record, events)
+        self._saved_at = time.monotonic()
+        self._tail.poke()
+
+    async def _end(self, end: ResponseEnd) -> None:
+        events: list[bytes] | None = None
+        if self._record.streamed:
+            last = self._turn.last(ended(self._record, end, time.time()))
+            events = [*self._unsaid, *self._turn.take(), last]
+        await patiently(self._store.end, self._record, end, events)
+        self._tail.poke()
+
+
+async def _forever() -> dict[str, Any]:
+    """What an ASGI application hears from a client that never leaves."""
+    return await asyncio.Event().wait()  # type: ignore[return-value]

@@ -1,0 +1,163 @@
+"""What an engine answers, taken in: OpenAI's events on one side, what has come of it on the other.
+
+vLLM's stream lacks some of OpenAI's events and has its own idea of others (reference: OpenAI's
+streaming events, and vllm/entrypoints/openai/responses/streaming_events.py): it begins with its
+own picture of the response and ends with `response.completed`, however it ended. Here the picture
+is ours, and the end has the name of what happened.
+"""
+
+from dataclasses import replace
+from typing import Any
+
+import orjson
+
+from llm_engine.api.openai.answers import engine_error
+from llm_engine.api.requests import EngineRequest
+from llm_engine.api.responses.shown import show, usage_of
+from llm_engine.errors import APIError, InternalError
+from llm_engine.responses import Item, ResponseEnd, ResponseRecord
+from llm_engine.statuses import ResponseState
+
+Event = dict[str, Any]
+
+_FIRST = frozenset({"response.created", "response.queued", "response.in_progress"})
+_LAST = frozenset({"response.completed", "response.incomplete", "response.failed"})
+_ENDS = {
+    "completed": ResponseState.COMPLETED,
+    "incomplete": ResponseState.INCOMPLETE,
+    "cancelled": ResponseState.CANCELLED,
+}
+#: Keys of items that are shown though they are null.
+_NULLS = frozenset({"encrypted_content"})
+
+
+class Turn:
+    """A `Form` for one response. `take` gives the events so far; `end` is there once it is over."""
+
+    def __init__(self, record: ResponseRecord, store: bool = True) -> None:
+        self.record = record
+        self.end: ResponseEnd | None = None
+        self.told_output = False
+        self._store = store
+        self._sequence = record.told
+        self._events: list[Event] = []
+        self._items: dict[int, Item] = {}  # finished ones, by their place
+
+    # -- the dispatcher's side
+
+    def answer(self, request: EngineRequest, body: bytes) -> bytes:
+        self._finish(orjson.loads(body))
+        return b""
+
+    def event(self, request: EngineRequest, payload: bytes) -> bytes:
+        event = orjson.loads(payload)
+        kind = event.get("type")
+        if kind in _LAST:
+            self._finish(event["response"])
+        elif kind not in _FIRST:
+            self._pass_on(event)
+        return b""
+
+    def error(self, status: int, body: bytes, request: EngineRequest) -> APIError:
+        return engine_error(status, body, request)
+
+    def failure(self, error: APIError) -> bytes:
+        self.fail(error)
+        return b""
+
+    # -- the other side
+
+    def begin(self, *words: str) -> None:
+        """Tell with these words that it has begun: created, queued, in_progress."""
+        for word in words:
+            self._add({"type": f"response.{word}", "response": show(self.record, self._store)})
+
+    def fail(self, error: APIError) -> None:
+        """It broke off, or could not begin."""
+        wrong = 400 <= error.status < 500 and error.status != 429
+        code = "rate_limit_exceeded" if error.status == 429 else "server_error"
+        self.end = ResponseEnd(
+            ResponseState.FAILED,
+            output=self._output(),
+            error={"code": "invalid_prompt" if wrong else code, "message": error.message},
+        )
+
+    def close(self) -> ResponseEnd:
+        """What has come of it, once the engine has nothing more to say."""
+        if self.end is None:
+            self.fail(InternalError("The engine stopped before the answer was complete."))
+        assert self.end is not None
+        return self.end
+
+    def take(self) -> list[bytes]:
+        """The events since the last time, in JSON."""
+        events = [orjson.dumps(event) for event in self._events]
+        self._events.clear()
+        return events
+
+    def last(self, ended: ResponseRecord) -> bytes:
+        """The event that ends it, in JSON."""
+        event = {"type": f"response.{ended.state}", "response": show(ended, self._store)}
+        self._add(event)
+        return orjson.dumps(self._events.pop())
+
+    # -- inside
+
+    def _finish(self, told: Event) -> None:
+        state = _ENDS.get(told.get("status") or "")
+        if state is None:
+            error = told.get("error") or {}
+            return self.fail(InternalError(str(error.get("message") or "The engine failed.")))
+        reason = (told.get("incomplete_details") or {}).get("reason")
+        output = [_item(item) for item in told.get("output") or ()]
+        if len(self._items) == len(output):
+            output = self._output()  # by the ids that were told already
+        self.end = ResponseEnd(
+            state,
+            output=output,
+            incomplete=reason or ("max_output_tokens" if state == "incomplete" else None),
+            usage=usage_of(told.get("usage")),
+        )
+
+    def _pass_on(self, event: Event) -> None:
+        self.told_output = True
+        if "item" in event:
+            event["item"] = _item(event["item"])
+            if event["type"] == "response.output_item.done":
+                self._items[event["output_index"]] = event["item"]
+        if "part" in event:
+            event["part"] = _part(event["part"])
+        if event["type"] in ("response.output_text.delta", "response.output_text.done"):
+            event["logprobs"] = event.get("logprobs") or []
+        self._add({key: value for key, value in event.items() if value is not None})
+
+    def _output(self) -> list[Item]:
+        return [self._items[place] for place in sorted(self._items)]
+
+    def _add(self, event: Event) -> None:
+        self._events.append(event | {"sequence_number": self._sequence})
+        self._sequence += 1
+
+
+def ended(record: ResponseRecord, end: ResponseEnd, at: float) -> ResponseRecord:
+    """The record as it is then."""
+    return replace(
+        record, state=end.state, output=end.output, error=end.error, incomplete=end.incomplete,
+        usage=end.usage, ended_at=at,
+    )  # fmt: skip
+
+
+def _item(item: Item) -> Item:
+    shown = {key: value for key, value in item.items() if value is not None or key in _NULLS}
+    if isinstance(shown.get("content"), list):
+        shown["content"] = [_part(part) for part in shown["content"]]
+    return shown
+
+
+def _part(part: Item) -> Item:
+    if part.get("type") != "output_text":
+        return {key: value for key, value in part.items() if value is not None}
+    return part | {
+        "annotations": part.get("annotations") or [],
+        "logprobs": part.get("logprobs") or [],
+    }

@@ -1,0 +1,128 @@
+"""Works on what is in the background: as many at a time as the settings let one gateway.
+
+What it has claimed is its own until its lease ends. It looks at what it has twice a second: what
+shall be cancelled, and what is no longer its own.
+"""
+
+import asyncio
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import time
+
+from llm_engine.api.dispatch import Dispatcher
+from llm_engine.api.responses.run import Run
+from llm_engine.api.responses.tail import Tail
+from llm_engine.errors import APIError, LeaseLost, StoreUnavailable
+from llm_engine.responses import ResponseRecord
+from llm_engine.services import Services
+
+logger = logging.getLogger("llm_engine.api")
+
+#: Between two looks: while it works, and while there is nothing to do that is known here.
+BUSY_S, QUIET_S = 0.5, 2.0
+BEATS_A_LEASE = 4
+STOPPING_S = 5.0
+
+
+class Worker:
+    def __init__(self, services: Services, dispatcher: Dispatcher, tail: Tail) -> None:
+        self.name = f"{socket.gethostname()[:50]}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._services = services
+        self._dispatcher = dispatcher
+        self._tail = tail
+        self._store = services.store.responses
+        self._limits = services.settings.responses
+        self._runs: dict[str, asyncio.Task[None]] = {}
+        self._cancelled: set[str] = set()
+        self._beaten_at = 0.0
+        self._hurry = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        if self._task is None:
+            self._task = asyncio.create_task(self._work())
+
+    def hurry(self) -> None:
+        """There is something new, or something that shall not go on."""
+        self._hurry.set()
+
+    async def stop(self) -> None:
+        """Others may go on with what it has."""
+        if self._task is None:
+            return
+        for task in (self._task, *self._runs.values()):
+            task.cancel()
+        await asyncio.wait([self._task, *self._runs.values()], timeout=STOPPING_S)
+        self._task = None
+        try:
+            await asyncio.to_thread(self._store.release, self.name)
+        except StoreUnavailable as error:
+            logger.warning("what this gateway worked on waits for its lease to end: %s", error)
+
+    async def _work(self) -> None:
+        while True:
+            with contextlib.suppress(TimeoutError):
+                pause = BUSY_S if self._runs else QUIET_S
+                await asyncio.wait_for(self._hurry.wait(), pause)
+            self._hurry.clear()
+            try:
+                await self._look()
+            except StoreUnavailable as error:
+                logger.warning("responses in the background wait: %s", error)
+                await asyncio.sleep(1)
+            except Exception:
+                logger.exception("looking for responses to work on failed; trying again")
+                await asyncio.sleep(1)
+
+    async def _look(self) -> None:
+        if self._runs:
+            now = time.monotonic()
+            if now - self._beaten_at > self._limits.lease_s / BEATS_A_LEASE:
+                await asyncio.to_thread(self._store.beat, self.name, self._limits.lease_s)
+                self._beaten_at = now
+            await self._heed()
+        room = self._limits.max_running - len(self._runs)
+        if room > 0 and await asyncio.to_thread(self._store.any_waiting):
+            claimed = await asyncio.to_thread(
+                self._store.claim, self.name, self._limits.lease_s, room
+            )
+            for record in claimed:
+                self._begin(record)
+
+    async def _heed(self) -> None:
+        running = dict(self._runs)
+        held = await asyncio.to_thread(self._store.held, self.name)
+        for response, task in running.items():
+            if held.get(response, True) and not task.done():
+                if response in held:
+                    self._cancelled.add(response)
+                task.cancel()
+
+    def _begin(self, record: ResponseRecord) -> None:
+        task = asyncio.create_task(self._run(record))
+        self._runs[record.id] = task
+        task.add_done_callback(lambda _: self._over(record.id))
+
+    def _over(self, response: str) -> None:
+        self._runs.pop(response, None)
+        self._cancelled.discard(response)
+        self._hurry.set()  # there is room for another one
+
+    async def _run(self, record: ResponseRecord) -> None:
+        run = Run(self._services, self._dispatcher, self._tail, record)
+        try:
+            try:
+                await run.run()
+            except asyncio.CancelledError:
+                if record.id not in self._cancelled:
+                    raise
+                await run.cancelled()
+        except LeaseLost as lost:
+            logger.warning("%s", lost)
+        except APIError as error:  # the store: its lease ends, and another one takes it up
+            logger.warning("%s is left for another gateway: %s", record.id, error)
+        except Exception:
+            logger.exception("%s is left for another gateway", record.id)

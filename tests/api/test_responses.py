@@ -1,0 +1,293 @@
+"""/v1/responses and /v1/conversations over real sockets, with the real client."""
+
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import openai
+import pytest
+from openai import OpenAI
+
+from tests.support.cluster import eventually
+from tests.support.gateway import GatewayThread, fake_endpoint
+
+
+@pytest.fixture(scope="module")
+def gateway() -> Iterator[GatewayThread]:
+    engines = [
+        fake_endpoint("fake"),
+        fake_endpoint("slow", vllm_args={"token_delay_s": 0.05}),
+        fake_endpoint("vectors", task="embed"),
+    ]
+    with GatewayThread(engines, sections={"responses": {"max_open": 500}}) as running:
+        yield running
+
+
+@pytest.fixture
+def client(gateway: GatewayThread) -> Iterator[OpenAI]:
+    with OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+def say(client: OpenAI, **asked: Any) -> Any:
+    """`seed` is vLLM's; the fake engine begins its answer with it."""
+    extra = {"seed": asked.pop("seed", 1)} | asked.pop("extra_body", {})
+    return client.responses.create(
+        **{"model": "fake", "input": "hello", "extra_body": extra} | asked
+    )
+
+
+def done(client: OpenAI, response: str, within_s: float = 20) -> Any:
+    def ended() -> Any:
+        found = client.responses.retrieve(response)
+        return found.status not in ("queued", "in_progress") and found
+
+    return eventually(ended, within_s, 0.02)
+
+
+# -- while the client waits
+
+
+def test_a_response_is_answered_and_kept(client: OpenAI):
+    made = say(client, instructions="Be brief.", metadata={"a": "b"}, max_output_tokens=3)
+    assert made.output_text == "1 word word word "
+    assert (made.status, made.object, made.store) == ("completed", "response", True)
+    assert (made.metadata, made.instructions, made.max_output_tokens) == (
+        {"a": "b"},
+        "Be brief.",
+        3,
+    )
+    assert made.usage.total_tokens == made.usage.input_tokens + made.usage.output_tokens
+    assert client.responses.retrieve(made.id) == made
+
+
+def test_not_stored_is_nowhere(client: OpenAI):
+    made = say(client, store=False)
+    assert made.output_text and made.store is False
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(made.id)
+
+
+def test_a_stream_tells_each_step_and_is_kept(client: OpenAI):
+    events = list(say(client, stream=True, max_output_tokens=5))
+    assert [event.type for event in events] == [
+        "response.created", "response.in_progress", "response.output_item.added",
+        "response.content_part.added", *["response.output_text.delta"] * 6,
+        "response.output_text.done", "response.content_part.done", "response.output_item.done",
+        "response.completed",
+    ]  # fmt: skip
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    kept = client.responses.retrieve(events[0].response.id)
+    assert events[-1].response == kept and kept.output_text == "1 " + "word " * 5
+
+
+def test_the_streaming_helper(client: OpenAI):
+    with client.responses.stream(model="fake", input="hi", extra_body={"seed": 7}) as stream:
+        text = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
+        final = stream.get_final_response()
+    assert final.output_text == text and text.startswith("7 ")
+
+
+def test_deleted_it_is_gone(client: OpenAI):
+    made = say(client)
+    client.responses.delete(made.id)
+    for ask in (client.responses.retrieve, client.responses.delete):
+        with pytest.raises(openai.NotFoundError):
+            ask(made.id)
+
+
+# -- what came before
+
+
+def test_a_chain_gives_the_engine_all_that_came_before(client: OpenAI):
+    first = say(client)
+    second = say(client, previous_response_id=first.id)
+    third = say(client, previous_response_id=second.id, input=[{"role": "user", "content": "b"}])
+    # The fake engine counts items: question and answer of each turn, and the new question.
+    assert [each.usage.input_tokens for each in (first, second, third)] == [1, 3, 5]
+    assert third.previous_response_id == second.id
+
+
+def test_instructions_are_not_inherited(client: OpenAI):
+    first = say(client, instructions="x")
+    assert say(client, previous_response_id=first.id).instructions is None
+
+
+def test_input_items_in_pages(client: OpenAI):
+    made = say(client, input=[{"role": "user", "content": str(n)} for n in range(5)])
+    newest = client.responses.input_items.list(made.id, limit=2)
+    texts = [item.content[0].text for item in newest]
+    assert texts == ["4", "3", "2", "1", "0"]
+    oldest = client.responses.input_items.list(made.id, order="asc", limit=2)
+    assert [item.content[0].text for item in oldest.data] == ["0", "1"] and oldest.has_more
+
+
+def test_a_conversation_grows_with_each_response(client: OpenAI):
+    talk = client.conversations.create(
+        metadata={"topic": "x"}, items=[{"role": "user", "content": "first"}]
+    )
+    one = say(client, conversation=talk.id, input="second")
+    two = say(client, conversation={"id": talk.id}, input="third", stream=True)
+    last = list(two)[-1].response
+    assert (one.usage.input_tokens, last.usage.input_tokens) == (2, 4)
+    assert last.conversation.id == talk.id
+    items = list(client.conversations.items.list(talk.id, order="asc", limit=2))
+    assert [item.role for item in items] == ["user", "user", "assistant", "user", "assistant"]
+    after = say(client, previous_response_id=one.id)
+    assert after.usage.input_tokens == 4  # what the conversation was then
+
+
+def test_conversations_change_and_go(client: OpenAI):
+    talk = client.conversations.create()
+    assert client.conversations.update(talk.id, metadata={"a": "b"}).metadata == {"a": "b"}
+    added = client.conversations.items.create(
+        talk.id, items=[{"type": "message", "role": "user", "content": "hi"}]
+    )
+    item = added.data[0]
+    assert client.conversations.items.retrieve(item.id, conversation_id=talk.id) == item
+    client.conversations.items.delete(item.id, conversation_id=talk.id)
+    assert client.conversations.items.list(talk.id).data == []
+    assert client.conversations.delete(talk.id).deleted
+    with pytest.raises(openai.NotFoundError):
+        client.conversations.retrieve(talk.id)
+    with pytest.raises(openai.NotFoundError):
+        say(client, conversation=talk.id)
+
+
+# -- in the background
+
+
+def test_in_the_background_it_is_answered_later(client: OpenAI):
+    made = say(client, model="slow", background=True)
+    assert made.status == "queued" and made.background
+    ended = done(client, made.id)
+    assert (ended.status, ended.output_text) == ("completed", "1 " + "word " * 16)
+    assert ended.completed_at >= ended.created_at
+
+
+def test_a_background_stream_can_be_taken_up_anywhere(client: OpenAI):
+    events = list(say(client, model="slow", background=True, stream=True))
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert [event.type for event in events[:3]] == [
+        "response.created", "response.queued", "response.in_progress",
+    ]  # fmt: skip
+    response = events[0].response.id
+    for after in (0, 7, len(events) - 2, len(events) + 5):
+        again = client.responses.retrieve(response, stream=True, starting_after=after)
+        assert list(again) == events[after + 1 :]
+
+
+def test_a_reader_hears_events_while_they_come(client: OpenAI):
+    made = list_until(say(client, model="slow", background=True, stream=True), 1)[0].response.id
+    began = time.monotonic()
+    arrived = [time.monotonic() - began for _ in client.responses.retrieve(made, stream=True)]
+    assert arrived[-1] - arrived[0] > 0.3
+    assert client.responses.retrieve(made).status == "completed"
+
+
+def list_until(stream: Any, count: int) -> list[Any]:
+    """The first events, and then the client goes."""
+    found = []
+    for event in stream:
+        found.append(event)
+        if len(found) == count:
+            stream.close()
+            return found
+    return found
+
+
+def test_cancelled_within_a_second(client: OpenAI, gateway: GatewayThread):
+    made = say(client, model="slow", background=True, max_output_tokens=500)
+    eventually(lambda: client.responses.retrieve(made.id).status == "in_progress", 5, 0.02)
+    began = time.monotonic()
+    assert client.responses.cancel(made.id).status == "cancelled"
+    assert time.monotonic() - began < 1.5
+    assert client.responses.cancel(made.id).status == "cancelled"
+    eventually(lambda: gateway.load("slow").depth == 0, 3)
+
+
+def test_a_cancelled_stream_ends(client: OpenAI):
+    stream = say(client, model="slow", background=True, stream=True, max_output_tokens=500)
+    seen = []
+    for event in stream:
+        seen.append(event)
+        if len(seen) == 6:
+            threading.Thread(target=client.responses.cancel, args=(seen[0].response.id,)).start()
+    assert seen[-1].type == "response.cancelled"
+
+
+def test_many_at_once_are_all_answered(client: OpenAI):
+    made = [say(client, background=True, seed=n).id for n in range(150)]
+    for number, response in enumerate(made):
+        assert done(client, response, 60).output_text.startswith(f"{number} word")
+
+
+def test_an_idempotency_key_makes_one(client: OpenAI):
+    headers = {"Idempotency-Key": "k1"}
+    first = say(client, background=True, extra_headers=headers)
+    assert say(client, background=True, extra_headers=headers).id == first.id
+    with pytest.raises(openai.ConflictError):
+        say(client, background=True, extra_headers=headers, input="other")
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize(
+    ("asked", "param", "code"),
+    [
+        ({"previous_response_id": "no"}, "previous_response_id", "previous_response_not_found"),
+        ({"previous_response_id": "a", "conversation": "b"}, "previous_response_id",
+         "mutually_exclusive_parameters"),
+        ({"background": True, "store": False}, "background", "invalid_value"),
+        ({"conversation": "c", "store": False}, "conversation", "invalid_value"),
+        ({"temperature": 3}, "temperature", "decimal_above_max_value"),
+        ({"max_output_tokens": 0}, "max_output_tokens", "integer_below_min_value"),
+        ({"metadata": {str(n): "" for n in range(17)}}, "metadata", "object_above_max_properties"),
+        ({"metadata": {"k" * 65: "v"}}, None, None),
+        ({"prompt": {"id": "p"}}, "prompt", "unsupported_parameter"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type", None),
+        ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+        ({"input": []}, "input", None),
+        ({"input": [{"role": "robot", "content": "x"}]}, "input[0].role", "invalid_value"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0]", "invalid_value"),
+        ({"messages": []}, "messages", "unknown_parameter"),
+        ({"model": "vectors"}, "model", None),
+    ],
+)  # fmt: skip
+def test_a_wrong_request_is_told_what_is_wrong(
+    client: OpenAI, asked: dict[str, Any], param: str | None, code: str | None
+):
+    extra = {key: asked.pop(key) for key in [k for k in asked if k in ("messages",)]}
+    with pytest.raises(openai.BadRequestError) as error:
+        say(client, **asked, extra_body=extra)
+    if param is not None:
+        assert error.value.param == param
+    if code is not None:
+        assert error.value.code == code
+
+
+def test_an_unknown_model(client: OpenAI):
+    for background in (True, False):
+        with pytest.raises(openai.NotFoundError) as error:
+            say(client, model="none", background=background)
+        assert error.value.code == "model_not_found"
+
+
+def test_a_synchronous_response_has_no_stream_and_no_cancellation(client: OpenAI):
+    made = say(client)
+    for ask in (
+        lambda: client.responses.cancel(made.id),
+        lambda: list(client.responses.retrieve(made.id, stream=True)),
+        lambda: client.responses.retrieve(made.id, extra_query={"starting_after": 1}),
+    ):
+        with pytest.raises(openai.BadRequestError):
+            ask()
+
+
+def test_one_that_still_runs_cannot_be_gone_on_from(client: OpenAI):
+    made = say(client, model="slow", background=True)
+    with pytest.raises(openai.BadRequestError, match=r"queued|in_progress"):
+        say(client, previous_response_id=made.id)
+    done(client, made.id)
