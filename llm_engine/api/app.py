@@ -10,6 +10,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI
 from fastapi.responses import Response
+from fastapi.routing import APIRoute
 
 from llm_engine import metrics, records
 from llm_engine.api import admin, downloads, llm_engine_api, root_signals, sference
@@ -29,7 +30,7 @@ from llm_engine.api.openai import (
 from llm_engine.api.openai.inference import Inference
 from llm_engine.api.requests import Kind
 from llm_engine.api.responses.operations import Responses
-from llm_engine.errors import APIError, InternalError, Overloaded
+from llm_engine.errors import APIError, InternalError, MethodNotAllowed, Overloaded
 from llm_engine.services import Services
 from llm_engine.statuses import EndpointState
 
@@ -142,6 +143,8 @@ class Gateway:
         self._mounts = mounts
         self._responses = responses
         self._hot = {path: mount for mount in mounts for path in mount.hot}
+        routes = [route for mount in mounts for route in mount.cold.routes]
+        self._cold_paths = {route.path for route in routes if isinstance(route, APIRoute)}
         self._keys = Keyring(services)
         self._limit = services.settings.gateway.max_in_flight
         self._retry_after_s = services.settings.gateway.retry_after_s
@@ -176,7 +179,11 @@ class Gateway:
             return await call.reply(200, b"{}", [(b"allow", b"GET, POST, OPTIONS")])
         if path not in OPEN_PATHS and not downloads.is_signed(call.scope):
             call.principal = await self._keys.identify(call, mount.schemes)
-        handler = mount.hot.get(path) if method == "POST" else None
+        handler = mount.hot.get(path)
+        if handler is not None and method != "POST":
+            if path not in self._cold_paths:
+                raise MethodNotAllowed(f"{path} takes POST, not {method}.")
+            handler = None
         if handler is None:
             call.scope[PRINCIPAL] = call.principal
             return await mount.cold(call.scope, call.receive, _with_headers(call))

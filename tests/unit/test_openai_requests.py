@@ -14,6 +14,7 @@ MINIMAL: dict[Kind, dict[str, Any]] = {
     Kind.CHAT: {"model": "demo", "messages": HI},
     Kind.COMPLETIONS: {"model": "demo", "prompt": "hi"},
     Kind.EMBEDDINGS: {"model": "demo", "input": "hi"},
+    Kind.RESPONSES: {"model": "demo", "input": "hi"},
 }
 WEATHER = {"type": "function", "function": {"name": "get_weather", "parameters": {}}}
 CLOCK = {"type": "function", "function": {"name": "clock"}}
