@@ -40,6 +40,8 @@ BUILTIN = {
     "embed": Path(__file__).parent / "demo" / "embed",
 }
 DEMO_ADAPTERS = 4
+#: A model that is a base with an adapter worked into its weights: its id follows.
+MERGED = "merged:"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ENV_KEYS = "LLM_ENGINE_API_KEYS"
 ENV_CONFIG = "LLM_ENGINE_CONFIG"
@@ -145,7 +147,9 @@ class EndpointSettings(Section):
         description="What clients put in `model`.",
     )
     model: str = Field(
-        min_length=1, description="builtin:chat, builtin:embed, a folder, or a Hugging Face id."
+        min_length=1,
+        description="builtin:chat, builtin:embed, a folder, a Hugging Face id, or the name of a "
+        "fine-tuned model (ft:...), which is then worked into the weights of its base.",
     )
     task: Literal["generate", "embed"] = Field(
         "generate", description="`generate` text, or `embed` it as vectors."
@@ -253,6 +257,8 @@ class EndpointSettings(Section):
     def _adapters_of_what_generates(self) -> Self:
         if self.max_adapters and self.task != "generate":
             raise ValueError("max_adapters is for endpoints that generate")
+        if self.max_adapters and self.model.startswith(MERGED):
+            raise ValueError("max_adapters is for base models: fine-tunes are made of those")
         return self
 
     @model_validator(mode="after")

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 from llm_engine.api.network_guard import Allowed, check
-from llm_engine.config import EndpointSettings
-from llm_engine.errors import Conflict, Forbidden, InvalidRequest
+from llm_engine.config import MERGED, EndpointSettings
+from llm_engine.errors import Conflict, Forbidden, InvalidRequest, NotFound
 from llm_engine.ids import new_id
 from llm_engine.records import EndpointRecord, EndpointStatus, ModelRecord, Principal
 from llm_engine.services import Services
@@ -45,13 +45,15 @@ class Operations:
     async def create(
         self, who: Principal, settings: EndpointSettings, extras: dict[str, Any] | None = None
     ) -> EndpointRecord:
-        """Raises Conflict where the name is taken, by an endpoint or by a model of theirs."""
+        """Raises Conflict where the name is taken, by an endpoint or by a model of theirs, and
+        NotFound where its model is a fine-tuned one that is not there."""
         if settings.name in self._services.catalog.directory.models.get(who.owner, {}):
             raise Conflict(
                 f"You have registered a model named '{settings.name}'. Choose another name.",
                 param="name",
                 code="name_taken",
             )
+        settings = await self._weights(who, settings)
         record = await asyncio.to_thread(
             self._store.endpoints.create,
             settings,
@@ -65,7 +67,19 @@ class Operations:
     async def change(self, who: Principal, name: str, change: Change) -> EndpointRecord:
         """Raises NotFound, Forbidden, or Conflict while another operation is under way."""
         await self._own(who, name)
-        record = await asyncio.to_thread(self._store.endpoints.ask_change, name, change)
+
+        def checked(record: EndpointRecord) -> tuple[EndpointSettings, dict[str, Any]]:
+            settings, extras = change(record)
+            special = settings.model.startswith(("ft:", MERGED))
+            if special and settings.model != record.spec["model"]:
+                raise InvalidRequest(
+                    "A fine-tuned model becomes an endpoint of its own. Create one.",
+                    param="model",
+                    code="invalid_value",
+                )
+            return settings, extras
+
+        record = await asyncio.to_thread(self._store.endpoints.ask_change, name, checked)
         await self._services.nudge()
         return record
 
@@ -75,6 +89,19 @@ class Operations:
         record = await asyncio.to_thread(self._store.endpoints.ask_delete, name)
         await self._services.nudge()
         return record
+
+    async def _weights(self, who: Principal, settings: EndpointSettings) -> EndpointSettings:
+        """With the adapter's id where the model is the name of a fine-tuned one. Raises NotFound,
+        InvalidRequest."""
+        await self._services.look_up(settings.model)
+        adapter = self._services.catalog.adapter(who, settings.model)
+        if adapter is None:
+            if not settings.model.startswith(("ft:", MERGED)):
+                return settings
+            raise NotFound(f"There is no fine-tuned model '{settings.model}'.", param="model")
+        return EndpointSettings.model_validate(
+            settings.model_dump() | {"model": f"{MERGED}{adapter.id}"}
+        )
 
     def status(self, name: str) -> EndpointStatus | None:
         """How it is doing; None until the controller has seen it."""

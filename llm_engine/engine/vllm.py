@@ -8,8 +8,12 @@ model loads; tests/unit/test_upgrades.py fails when an upgrade moves them.
 import json
 import os
 import socket
+from dataclasses import replace
 from typing import Any
 
+from llm_engine.config import MERGED
+from llm_engine.engine.adapters import AdapterSource
+from llm_engine.engine.merged import prepare
 from llm_engine.engine.server import EngineSpec, run
 
 #: What an engine without a GPU gets unless vllm_args or env say otherwise.
@@ -61,6 +65,9 @@ def serve(spec: EngineSpec, listener: socket.socket) -> None:
     if on_cpu:
         for name, value in CPU_ENV.items():
             os.environ.setdefault(name, value)
+    if spec.model.startswith(MERGED):
+        folder, base = prepare(spec.model, AdapterSource(**(spec.adapters or {})))
+        spec = replace(spec, model=str(folder), builtin=base.startswith("builtin:"))
     if os.path.isdir(spec.model):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a folder needs no hub, nor its time-outs
 

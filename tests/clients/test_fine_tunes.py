@@ -123,6 +123,26 @@ def test_each_checkpoint_is_a_model(client: OpenAI, tuned: Any):
     assert found[0].metrics.train_loss is not None
 
 
+def test_a_fine_tuned_model_becomes_an_endpoint_of_its_own(
+    cluster: Cluster, client: OpenAI, tuned: Any
+):
+    adapter = tuned.fine_tuned_model
+    wanted = {"name": "support", "model": adapter, "num_cpus": 0.2}
+    with cluster.client() as http:
+        for wrong in ({"model": "ft:demo-chat:nobody::1"}, {"max_adapters": 2}):
+            assert http.post("/v1/endpoints", json=wanted | wrong).status_code in (400, 404)
+        made = http.post("/v1/endpoints", json=wanted)
+        assert made.status_code == 201, made.text
+        eventually(lambda: http.get("/v1/endpoints/support").json()["status"] == "READY", 120, 0.5)
+        try:
+            assert abs(right(client, "support", 10) - right(client, adapter, 10)) <= 0.2
+            with pytest.raises(openai.ConflictError, match="made of"):
+                client.with_options(max_retries=0).models.delete(adapter)
+        finally:
+            assert http.delete("/v1/endpoints/support").status_code == 200
+        eventually(lambda: http.get("/v1/endpoints/support").status_code == 404, 60, 0.5)
+
+
 def test_a_fine_tuned_model_is_listed_used_and_deleted(client: OpenAI, training: str):
     numbers = {"n_epochs": 1, "batch_size": 64}
     made = client.fine_tuning.jobs.create(
