@@ -34,6 +34,7 @@ def settings(tmp_path_factory: pytest.TempPathFactory, postgres: Postgres) -> di
         "cluster": {"state_dir": str(folder / "crash"), "ray_port": 0,
                     "dashboard_port": free_port()},
         "store": {"url": postgres.new_database()},
+        "responses": {"lease_s": 3},
     }  # fmt: skip
 
 
@@ -123,6 +124,74 @@ def engines(cluster: Cluster, endpoint: str) -> list[int]:
     return [c.pid for c in children if "llm_engine.engine.fake" in " ".join(c.cmdline())]
 
 
+def respond(cluster: Cluster, model: str, **asked: Any) -> str:
+    """The id of a response in the background."""
+    with cluster.client() as client:
+        body = {"model": model, "input": "One", "background": True} | asked
+        made = client.post("/v1/responses", json=body)
+        assert made.status_code == 200, made.text
+        return made.json()["id"]
+
+
+def responses_of(cluster: Cluster, ids: list[str]) -> dict[str, dict[str, Any]]:
+    with cluster.client() as client:
+        return {each: client.get(f"/v1/responses/{each}").json() for each in ids}
+
+
+def all_ended(cluster: Cluster, ids: list[str], timeout_s: float) -> dict[str, dict[str, Any]]:
+    left = list(ids)
+
+    def ended() -> bool:
+        for each, row in responses_of(cluster, left[:50]).items():
+            if row["status"] not in ("queued", "in_progress"):
+                left.remove(each)
+        return not left
+
+    eventually(ended, timeout_s, 0.1, "some never end")
+    return responses_of(cluster, ids)
+
+
+def test_responses_outlive_the_gateway_that_works_on_them(cluster: Cluster):
+    post(cluster, "talks", vllm_args={"token_delay_s": 0.1})
+    cluster.wait_until("talks", "READY", 60)
+    ids = [respond(cluster, "talks", max_output_tokens=30, seed=n) for n in range(100)]
+    with cluster.openai() as client:
+        stream = client.responses.create(
+            model="talks", input="One", background=True, stream=True, max_output_tokens=60
+        )
+        told = [next(iter(stream)) for _ in range(8)]
+        killed = kill_all(cluster, "Ingress")
+        name = told[0].response.id
+        ends = all_ended(cluster, [*ids, name], 60)
+        rest = list(client.responses.retrieve(name, stream=True, starting_after=7))
+    assert killed == 2
+    for number, each in enumerate(ids):
+        assert ends[each]["status"] == "completed", ends[each]
+        assert ends[each]["output"][0]["content"][0]["text"].startswith(f"{number} word")
+    # It had been told in part: another answer would not go on from that.
+    assert ends[name]["status"] == "failed" and "lost" in ends[name]["error"]["message"]
+    assert [event.sequence_number for event in rest] == list(range(8, 8 + len(rest)))
+    assert rest[-1].type == "response.failed"
+    delete(cluster, "talks")
+
+
+def kill_all(cluster: Cluster, deployment: str) -> int:
+    killed = cluster.replica_pids(deployment)
+    for each in killed:
+        os.kill(each, signal.SIGKILL)
+    eventually(lambda: len(set(cluster.replica_pids(deployment)) - set(killed)) == 2, 60)
+    with cluster.client() as client:
+
+        def back() -> bool:
+            try:
+                return client.get("/health").is_success
+            except httpx.HTTPError:
+                return False
+
+        eventually(back, 60, 0.2)
+    return len(killed)
+
+
 def test_while_the_store_is_away_models_answer_and_no_key_is_refused(
     cluster: Cluster, postgres: Postgres
 ):
@@ -162,12 +231,13 @@ def test_while_the_store_is_away_models_answer_and_no_key_is_refused(
 
 
 def test_after_the_power_went_every_endpoint_is_back(cluster: Cluster, settings: dict[str, Any]):
-    """In the middle of a create, of an update and of a delete."""
+    """In the middle of a create, of an update and of a delete; and with responses that wait."""
     for name in ("kept", "updating", "leaving"):
         post(cluster, name, vllm_args={})
     for name in ("kept", "updating", "leaving"):
         cluster.wait_until(name, "READY", 90)
-    post(cluster, "creating")
+    post(cluster, "creating", vllm_args={"load_delay_s": 15.0})
+    waiting = [respond(cluster, "creating", max_output_tokens=1) for _ in range(1000)]
     patch(cluster, "updating", max_queue=9)
     with cluster.client() as client:
         client.delete("/v1/endpoints/leaving").raise_for_status()
@@ -177,6 +247,8 @@ def test_after_the_power_went_every_endpoint_is_back(cluster: Cluster, settings:
             again.wait_until(name, "READY", 120)
             eventually(lambda name=name: answers(again, name) == 200, 10)
         assert again.endpoint("updating")["spec"]["max_queue"] == 9
+        ends = all_ended(again, waiting, 120)
+        assert {row["status"] for row in ends.values()} == {"completed"}
         with again.client() as client:
             eventually(lambda: client.get("/v1/endpoints/leaving").status_code == 404, 60, 0.2)
 
