@@ -212,7 +212,7 @@ WRONG = {
     "huge": ({"completion_window": "9" * 5000 + "h"}, "completion_window", "invalid_value"),
     "digits": ({"completion_window": "٣h"}, "completion_window", "invalid_value"),
     "endpoint": ({"endpoint": "/v1/images"}, "endpoint", "invalid_value"),
-    "responses": ({"endpoint": "/v1/responses"}, "endpoint", "invalid_value"),
+    "moderations": ({"endpoint": "/v1/moderations"}, "endpoint", "invalid_value"),
     "endpoint type": ({"endpoint": 5}, "endpoint", "invalid_type"),
     "unknown": ({"priority": 1}, "priority", "unknown_parameter"),
     "no file": ({"input_file_id": ""}, "input_file_id", "empty_string"),

@@ -15,6 +15,7 @@ from tests.support.cluster import Cluster, eventually
 pytestmark = pytest.mark.slow
 
 CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
+RESPONSES = "/v1/responses"
 CAPITALS = {"France": "Paris", "Italy": "Rome", "Spain": "Madrid"}
 ENDED = ("completed", "failed", "expired", "cancelled")
 TIMEOUT_S = 60
@@ -118,6 +119,21 @@ def test_completions_and_embeddings(client: OpenAI):
     assert [row["custom_id"] for row in rows] == list(CAPITALS)
     assert all(row["response"]["body"]["data"][0]["embedding"] for row in rows)
     assert embedded.usage.input_tokens > 0 and embedded.usage.output_tokens == 0
+
+
+def test_responses(client: OpenAI):
+    bodies = {
+        name: {"model": "demo-chat", "input": question(name), "temperature": 0} for name in CAPITALS
+    }
+    bodies["bad"] = bodies["France"] | {"background": True}
+    ended = wait(client, start(client, RESPONSES, bodies).id)
+    assert ended.request_counts.to_dict() == {"total": 4, "completed": 3, "failed": 1}
+    for row, capital in zip(lines(client, ended.output_file_id), CAPITALS.values(), strict=True):
+        told = row["response"]["body"]
+        assert capital in told["output"][0]["content"][0]["text"]
+        with pytest.raises(openai.NotFoundError):  # the batch keeps it
+            client.responses.retrieve(told["id"])
+    assert ended.usage.output_tokens > 0
 
 
 def test_an_input_that_is_wrong_runs_no_row_and_says_why(client: OpenAI):

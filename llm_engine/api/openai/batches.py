@@ -34,8 +34,8 @@ ENDPOINTS = {
     "/v1/chat/completions": "generate",
     "/v1/completions": "generate",
     "/v1/embeddings": "embed",
+    "/v1/responses": "generate",
 }
-_NOT_YET = "/v1/responses"
 _WINDOW = re.compile(r"([0-9]{1,6})([mhd])")
 _SECONDS = {"m": 60, "h": 3600, "d": 86400}
 SHORTEST_S, LONGEST_S = 600, 14 * 86400
@@ -139,9 +139,8 @@ def _check_endpoint(endpoint: str) -> None:
     if endpoint in ENDPOINTS:
         return
     supported = ", ".join(f"'{each}'" for each in ENDPOINTS)
-    yet = f"{_NOT_YET} is not served here yet. " if endpoint == _NOT_YET else ""
     raise problems.invalid(
-        f"Invalid value for 'endpoint': {problems.show(endpoint)}. {yet}Supported values are: "
+        f"Invalid value for 'endpoint': {problems.show(endpoint)}. Supported values are: "
         f"{supported}.",
         "endpoint",
         "invalid_value",

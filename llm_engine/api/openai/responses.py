@@ -1,6 +1,7 @@
 """/v1/responses: created (whole, streamed, in the background), read, cancelled, deleted."""
 
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 import orjson
@@ -42,6 +43,8 @@ class CreateResponse:
         """Answers the call, or raises APIError while nothing has been sent yet."""
         body = await call.body(self._limit)
         new = parse(body)
+        if call.principal.batch is not None:
+            new = _of_batch(new)
         if new.background:
             await self._submit(call, new, body)
         elif new.streamed:
@@ -82,6 +85,17 @@ def parse(body: bytes) -> NewResponse:
         conversation=talk["id"] if isinstance(talk, dict) else talk,
         request=data | ({CHANGES: changes} if changes else {}),
     )
+
+
+def _of_batch(new: NewResponse) -> NewResponse:
+    """A row's: the batch keeps what it says, so it is stored only where the row asks for it."""
+    if new.background:
+        raise InvalidRequest(
+            "Requests of a batch cannot be in the background: leave 'background' out.",
+            param="background",
+            code="invalid_value",
+        )
+    return replace(new, store=new.request.get("store") is True)
 
 
 def build_router(services: Services, dispatcher: Dispatcher, responses: Responses) -> APIRouter:
