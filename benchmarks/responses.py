@@ -74,7 +74,7 @@ def fill(store: Store, count: int) -> None:
                 input=[item],
                 output=[item],
                 ended_at=now,
-            )  # fmt: skip
+            )
         )
 
 
@@ -132,7 +132,7 @@ async def run(options: argparse.Namespace, console: Console) -> dict[str, Any]:
             for number in range(options.rounds):
                 rounds.append(await beside_a_chat(client, options.requests))
                 console.print(f"{number + 1}/{options.rounds}  {rounds[-1]}")
-            store = Store(f"sqlite:///{folder / 'up' / 'store.db'}")
+            store = Store(f"sqlite:///{folder / 'up' / 'llm-engine.db'}")
             await asyncio.to_thread(fill, store, options.stored)
             store.close()
             results["page_ms"] = await pages(client, 100)
