@@ -115,6 +115,7 @@ class Elsewhere:
         self._desk = desk
         self._home = home
         self._here = here
+        self._sent: set[str] = set()
 
     def bring(self, path: str) -> str:
         """What the job has there, with everything in it, on this node."""
@@ -134,8 +135,11 @@ class Elsewhere:
         return str(target)
 
     def send(self, path: str) -> str:
-        """A folder of this node's, to where the job looks for it; all of it at once."""
+        """A folder of this node's, to where the job looks for it; all of it at once. One that two
+        events tell of goes there once."""
         within = Path(path).relative_to(self._here)
+        if path in self._sent and not Path(path).exists():
+            return str(self._home / within)
         unfinished = f"{within}.{secrets.token_hex(4)}"
         for name in names_in(Path(path)):
             with (Path(path) / name).open("rb") as file:
@@ -146,6 +150,7 @@ class Elsewhere:
                         break
         ray.get(self._desk.rename.remote(unfinished, str(within)))
         shutil.rmtree(path, ignore_errors=True)
+        self._sent.add(path)
         return str(self._home / within)
 
     def _pieces(self, path: str) -> Iterator[bytes]:

@@ -1,9 +1,6 @@
 """`fine-tunes`: the look at a file before it is sent, what a watch shows, how a job is told."""
 
 import json
-import signal
-import subprocess
-import sys
 import threading
 import time
 from io import StringIO
@@ -17,7 +14,7 @@ from llm_engine.cli import fine_tune_input, fine_tune_watch, loss_chart, watch
 from llm_engine.cli.client import Gateway
 from llm_engine.cli.target import Target
 from llm_engine.errors import LLMEngineError
-from tests.support.cli import run, serving, write_configuration
+from tests.support.cli import interrupt, run, serving, start, write_configuration
 from tests.support.cluster import eventually
 from tests.support.fine_tuned import jsonl, table
 
@@ -405,12 +402,9 @@ def test_a_gateway_that_stays_away_is_given_up(monkeypatch):
 
 def test_ctrl_c_stops_only_the_watching(server):
     server.answers |= {PATH: (200, at(1)), EVENTS: page(event(1)), NEXT: page(event(1))}
-    words = ["fine-tunes", "get", ID, "--watch", "--url", server.url]
-    command = [sys.executable, "-c", "from llm_engine.cli import main; main()", *words]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = start("fine-tunes", "get", ID, "--watch", "--url", server.url)
     eventually(lambda: len(server.asked) > 3, 20, 0.05)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=20)
+    told = interrupt(process)
     assert process.returncode == 130
     assert "It goes on unwatched." in told and "Traceback" not in told
     assert f"llm-engine fine-tunes get {ID} --watch --url {server.url}" in told
