@@ -185,5 +185,8 @@ class ResponseSettings(Section):
     max_conversation_items: int = Field(10_000, ge=1, description="Items in a conversation.")
     max_streams: int = Field(1_000, ge=1, description="Streams of one owner, but archived ones.")
     max_wait_s: float = Field(
-        25, ge=0, description="Longest wait for events that a client may ask for. Seconds."
+        25,
+        gt=0,
+        description="Longest wait of sference's clients, for an answer or for events; they give up "
+        "after 30 s. Seconds.",
     )

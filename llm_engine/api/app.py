@@ -49,6 +49,7 @@ class Mount:
     render: Render
     cold: FastAPI
     hot: dict[str, Handler] = field(default_factory=dict)  # by path; POST only
+    open: frozenset[str] = frozenset()  # paths that need no key
 
 
 def build_app(services: Services) -> "Gateway":
@@ -60,8 +61,8 @@ def build_app(services: Services) -> "Gateway":
         [
             _mount_llm_engine(services, dispatcher),
             _mount_root_signals(services),
-            _mount_sference(services, dispatcher, "/sference"),
-            _mount_sference(services, dispatcher, "/sference-legacy"),
+            _mount_sference(services, dispatcher, background, "/sference", legacy=False),
+            _mount_sference(services, dispatcher, background, "/sference-legacy", legacy=True),
             _mount_openai(services, dispatcher, background),  # last: its prefix is everybody's
         ],
     )
@@ -121,9 +122,11 @@ def _mount_root_signals(services: Services) -> Mount:
     )
 
 
-def _mount_sference(services: Services, dispatcher: Dispatcher, prefix: str) -> Mount:
+def _mount_sference(
+    services: Services, dispatcher: Dispatcher, kept: Responses, prefix: str, *, legacy: bool
+) -> Mount:
     cold = build_cold(sference.render_error)
-    cold.include_router(sference.build_router(services), prefix=prefix)
+    cold.include_router(sference.build_router(services, kept, legacy), prefix=prefix)
     return Mount(
         prefix=f"{prefix}/",
         schemes=(Scheme.BEARER, Scheme.HEADER),
@@ -131,8 +134,9 @@ def _mount_sference(services: Services, dispatcher: Dispatcher, prefix: str) -> 
         cold=cold,
         hot={
             f"{prefix}{path}": handler
-            for path, handler in sference.build_hot(services, dispatcher).items()
+            for path, handler in sference.build_hot(services, dispatcher, kept, legacy).items()
         },
+        open=frozenset(f"{prefix}{path}" for path in sference.open_paths(legacy)),
     )
 
 
@@ -177,7 +181,8 @@ class Gateway:
         call.render = mount.render
         if method == "OPTIONS":
             return await call.reply(200, b"{}", [(b"allow", b"GET, POST, OPTIONS")])
-        if path not in OPEN_PATHS and not downloads.is_signed(call.scope):
+        is_open = path in OPEN_PATHS or path in mount.open
+        if not is_open and not downloads.is_signed(call.scope):
             call.principal = await self._keys.identify(call, mount.schemes)
         handler = mount.hot.get(path)
         if handler is not None and method != "POST":

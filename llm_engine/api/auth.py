@@ -54,6 +54,10 @@ class Keyring:
             if self._bootstrap:
                 raise InvalidKey(_HOW[next(iter(schemes))])
             return self._operator
+        return await self.check(key)
+
+    async def check(self, key: bytes) -> Principal:
+        """Whose it is. Raises as `identify`."""
         hashed = digest(key)
         if hashed in self._bootstrap:
             return self._operator

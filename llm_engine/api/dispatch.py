@@ -3,6 +3,7 @@
 A model that cannot answer before the first byte may name another one that answers in its place.
 """
 
+import asyncio
 import logging
 import time
 
@@ -100,6 +101,9 @@ class Dispatcher:
             raise
         except ClientGone:
             call.gone = True
+            call.status = call.status or CLIENT_CLOSED
+            raise
+        except asyncio.CancelledError:  # whoever has asked does not wait any longer
             call.status = call.status or CLIENT_CLOSED
             raise
         except BaseException:

@@ -16,9 +16,9 @@ from typing import Any
 import orjson
 import sqlalchemy as sa
 
-from llm_engine.errors import LeaseLost, NotFound, Overloaded
+from llm_engine.errors import Conflict, LeaseLost, NotFound, Overloaded
 from llm_engine.responses import FeedEntry, ResponseEnd, ResponseRecord
-from llm_engine.statuses import ResponseState
+from llm_engine.statuses import ResponseState, StreamState
 from llm_engine.store import conversations, idempotency, tables
 from llm_engine.store.database import Database, Lock
 from llm_engine.store.idempotency import Once
@@ -45,7 +45,7 @@ class Responses:
     ) -> ResponseRecord:
         """The record, or what `once` has made before, with its first events. One that has ended is
         in the feed, and its conversation, at once. Raises Overloaded where its owner has `max_open`
-        that have not ended, Conflict where `once` was something else."""
+        that have not ended, Conflict where `once` was something else or its stream is not open."""
         ended = record.state.is_final
         with self._database.writing(alone=Lock.FEED if ended else None) as connection:
             if once is not None:
@@ -54,6 +54,8 @@ class Responses:
                     return _one(connection, first)
             if max_open is not None and not ended:
                 _check_room(connection, record.owner, max_open)
+            if record.stream is not None and not ended:
+                _check_stream(connection, record.stream)
             if events:
                 _log(connection, record, events)
                 record = replace(record, told=len(events))
@@ -232,6 +234,16 @@ class Responses:
             last = connection.execute(sa.select(sa.func.max(feed.serial))).scalar() or 0
             return last, {(row.owner, row.stream) for row in connection.execute(later)}
 
+    def last_serial(self) -> int:
+        """The highest that the feed has given out, whether or not its entry is still there."""
+        given = (
+            "SELECT seq FROM sqlite_sequence WHERE name = 'feed'"
+            if self._database.is_sqlite
+            else "SELECT pg_sequence_last_value(pg_get_serial_sequence('feed', 'serial')::regclass)"
+        )
+        with self._database.reading() as connection:
+            return connection.execute(sa.text(given)).scalar() or 0
+
     def feed(
         self,
         owner: str | None,
@@ -394,6 +406,18 @@ def _check_room(connection: sa.Connection, owner: str, most: int) -> None:
             f"{most} of your responses in the background have not ended, the most that may wait "
             "(responses.max_open). Retry later.",
             retry_after=5,
+        )
+
+
+def _check_stream(connection: sa.Connection, stream: str) -> None:
+    """It stays open until this transaction has ended."""
+    wanted = sa.select(tables.streams.c.state).where(tables.streams.c.id == stream)
+    state = connection.execute(wanted.with_for_update(read=True)).scalar()
+    if state != StreamState.OPEN:
+        raise Conflict(
+            f"The stream is {state}: nothing new can be put into it.",
+            param="stream_id",
+            code="stream_not_open",
         )
 
 

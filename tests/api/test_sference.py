@@ -291,8 +291,14 @@ def test_what_another_owner_has_made_does_not_exist(gateway, client):
 def test_who_one_is_and_what_a_key_may_do(gateway, client):
     me = client.get_me()
     assert (me["username"], me["role"], me["realtime_enabled"]) == ("llm-engine", "admin", True)
+    assert {"admin", "responses:read", "responses:write"} <= set(me["scopes"])
     with client_of(gateway, new_key(gateway, KEY, "carl", "metrics")) as poor:
         assert poor.get_me()["role"] == "user" and not poor.get_me()["realtime_enabled"]
+        assert poor.get_me()["scopes"] == ["metrics"]
+        with pytest.raises(ApiError, match=r"^403: .*inference"):
+            poor.create_response(model="fake", input="hi")
+        with pytest.raises(ApiError, match=r"^403: .*inference"):
+            poor.list_responses_events()
         with pytest.raises(ApiError, match=r"^403: .*files"):
             poor.submit_batch(requests=ROWS)
         with pytest.raises(ApiError, match=r"^403: .*inference"):
@@ -327,11 +333,11 @@ def test_models_answer_at_once_too(gateway, client):
 @pytest.mark.parametrize(
     ("method", "path", "status", "words"),
     [
-        ("POST", "/sference/v1/streams", 501, "not served here yet"),
-        ("GET", "/sference/v1/responses/events", 501, "not served here yet"),
-        ("DELETE", "/sference/v1/responses/resp_1", 501, "not served here yet"),
-        ("POST", "/sference/v1/decisions", 501, "not served here yet"),
-        ("POST", "/sference-legacy/v1/auth/login", 501, "not served here yet"),
+        ("POST", "/sference/v1/messages", 501, "not served here yet"),
+        ("POST", "/sference/v1/oauth/token", 501, "not served here yet"),
+        ("POST", "/sference/v1/auth/login", 501, "not served here yet"),
+        ("GET", "/sference/v1/streams/stream_1/events", 404, "Invalid URL"),
+        ("PUT", "/sference/v1/responses", 405, "Not allowed"),
         ("GET", "/sference/v1/nothing", 404, "Invalid URL"),
         ("GET", "/sference", 404, "Invalid URL"),
         ("GET", "/sference/v1/batches/", 404, "Invalid URL"),

@@ -1,10 +1,11 @@
 """What the tests of sference's dialect share: its clients, and what a job would do to a batch."""
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Set
+from collections.abc import Iterator, Set
 from pathlib import Path
 from typing import Any
 
@@ -125,12 +126,34 @@ def old_client(url: str, key: str, folder: Path, *calls: Any, version: str = "0.
 def sference(url: str, folder: Path, *arguments: Any, key: str = KEY) -> str:
     """What the command prints, with all that it remembers in `folder`."""
     done = subprocess.run(
-        [BIN / "sference", *arguments],
-        env={"PATH": os.environ["PATH"], "HOME": str(folder), "SFERENCE_API_KEY": key,
-             "SFERENCE_BASE_URL": f"{url}/sference", "COLUMNS": "200",
-             "SFERENCE_STREAM_CACHE": str(folder / "stream_cache.json"),
-             "SFERENCE_STREAM_CHECKPOINTS": str(folder / "checkpoints.json")},
+        [BIN / "sference", *arguments], env=_environment(url, folder, key),
         capture_output=True, text=True, timeout=60, cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
+
+
+@contextlib.contextmanager
+def sference_lines(
+    url: str, folder: Path, *arguments: Any, key: str = KEY
+) -> Iterator[Iterator[str]]:
+    """The lines of a command that runs until it is stopped, which happens at the end."""
+    running = subprocess.Popen(
+        [BIN / "sference", *arguments], env=_environment(url, folder, key), cwd=folder,
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    with running:
+        try:
+            assert running.stdout is not None
+            yield iter(running.stdout)
+        finally:
+            running.terminate()
+
+
+def _environment(url: str, folder: Path, key: str) -> dict[str, str]:
+    return {
+        "PATH": os.environ["PATH"], "HOME": str(folder), "SFERENCE_API_KEY": key,
+        "SFERENCE_BASE_URL": f"{url}/sference", "COLUMNS": "200",
+        "SFERENCE_STREAM_CACHE": str(folder / "stream_cache.json"),
+        "SFERENCE_STREAM_CHECKPOINTS": str(folder / "checkpoints.json"),
+    }  # fmt: skip

@@ -42,12 +42,23 @@ def parse(kind: Kind, body: bytes) -> EngineRequest:
 
 def check(kind: Kind, body: bytes) -> tuple[Body, Body]:
     """What is asked for, and what must change of it on its way to vLLM. Raises as `parse`."""
+    data = read(body)
+    return data, check_fields(kind, data)
+
+
+def read(body: bytes) -> Body:
+    """A body that is not checked yet. Raises InvalidRequest."""
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise problems.from_json(error, body) from None
     if type(data) is not dict:
         raise InvalidRequest("The request body must be a JSON object.", code="invalid_type")
+    return data
+
+
+def check_fields(kind: Kind, data: Body) -> Body:
+    """What must change of it on its way to vLLM. Raises as `parse`."""
     route = _ROUTES[kind]
     if not data.keys() <= route.known:
         _judge_unknown(kind, data)
@@ -55,7 +66,7 @@ def check(kind: Kind, body: bytes) -> tuple[Body, Body]:
         route.shape.validate_python(data)
     except ValidationError as error:
         raise problems.from_validation(error, data) from None
-    return data, route.check(data)
+    return route.check(data)
 
 
 def changed(data: Body, changes: Body) -> Body:

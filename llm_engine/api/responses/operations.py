@@ -19,7 +19,7 @@ from llm_engine.api.responses.engine import engine_request
 from llm_engine.api.responses.tail import Tail
 from llm_engine.api.responses.turn import Turn, ended
 from llm_engine.api.responses.worker import Worker
-from llm_engine.errors import APIError
+from llm_engine.errors import APIError, TookTooLong
 from llm_engine.ids import new_id
 from llm_engine.records import Principal, Scope
 from llm_engine.responses import FeedEntry, Item, ResponseRecord
@@ -78,6 +78,7 @@ class Responses:
         await self._services.route(who, new.model, Kind.RESPONSES.task)
         before = await context(self._services, who, new.previous, new.conversation)
         record = self._record(who, new, before)
+        engine_request(record, before, new.streamed)  # raises for what no engine can be asked
         events: list[bytes] = []
         if new.streamed:
             turn = Turn(record)
@@ -88,11 +89,23 @@ class Responses:
         self._worker.hurry()
         return record
 
-    async def answer(self, call: Call, new: NewResponse) -> ResponseRecord:
+    async def answer(
+        self, call: Call, new: NewResponse, within_s: float | None = None
+    ) -> ResponseRecord:
         """While the client waits: it has ended, and is in the store if it is to be. Raises
-        APIError, ClientGone."""
+        APIError, ClientGone; TookTooLong if there is no answer `within_s`, and then it is given
+        up."""
         turn, request = await self._prepare(call, new)
-        inner = await ask(self._dispatcher, call.principal, request, turn, call.receive)
+        try:
+            async with asyncio.timeout(within_s) as limit:
+                inner = await ask(self._dispatcher, call.principal, request, turn, call.receive)
+        except TimeoutError:
+            if not limit.expired():
+                raise
+            raise TookTooLong(
+                f"The answer did not come within {within_s:g} s (responses.max_wait_s), and the "
+                "request was cancelled. Ask for it in the background."
+            ) from None
         _pass_headers(inner, call)
         return await self._keep(turn, new)
 

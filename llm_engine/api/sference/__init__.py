@@ -5,25 +5,21 @@ that they don't know.
 """
 
 from collections.abc import Awaitable, Callable
-from typing import Annotated, Any
 
 import orjson
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter, Request
 
-from llm_engine.api import cold
 from llm_engine.api.dispatch import Dispatcher
 from llm_engine.api.http import Call
 from llm_engine.api.openai.inference import Inference
 from llm_engine.api.requests import Kind
-from llm_engine.api.sference import batches, models
+from llm_engine.api.responses.operations import Responses
+from llm_engine.api.sference import account, batches, models, responses, streams
 from llm_engine.errors import APIError
-from llm_engine.records import Principal, Scope
 from llm_engine.services import Services
 
-Anyone = Annotated[Principal, Depends(cold.principal)]
-
 #: What sference has and this platform has not yet: refused by name, as opposed to a wrong URL.
-_NOT_YET = ("auth/login", "decisions", "messages", "oauth", "responses", "streams")
+_NOT_YET = ("auth/login", "decisions", "messages", "oauth")
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
@@ -33,21 +29,20 @@ def render_error(error: APIError) -> bytes:
     return orjson.dumps({"status_code": error.status, "detail": error.message, "extra": extra})
 
 
-def build_router(services: Services) -> APIRouter:
+def open_paths(legacy: bool) -> frozenset[str]:
+    """That need no key."""
+    return frozenset({account.LOGIN}) if legacy else frozenset()
+
+
+def build_router(services: Services, kept: Responses, legacy: bool) -> APIRouter:
+    """`legacy`: for sference-sdk 0.0.1 to 0.0.6."""
     router = APIRouter()
-
-    @router.get("/v1/auth/me")
-    async def get_me(who: Anyone) -> dict[str, Any]:
-        return {
-            "id": who.owner,
-            "username": who.owner,
-            "role": "admin" if who.may(Scope.ADMIN) else "user",
-            "scopes": sorted(who.scopes),
-            "realtime_enabled": who.may(Scope.INFERENCE),
-        }
-
+    queues = streams.Streams(services, legacy)
+    router.include_router(account.build_router(services, legacy))
     router.include_router(models.build_router(services))
     router.include_router(batches.build_router(services))
+    router.include_router(responses.build_router(services, kept, queues, legacy))
+    router.include_router(streams.build_router(queues))
     for path in _NOT_YET:
         router.add_api_route(f"/v1/{path}", _refuse, methods=_METHODS)
         router.add_api_route(f"/v1/{path}/{{rest:path}}", _refuse, methods=_METHODS)
@@ -55,11 +50,14 @@ def build_router(services: Services) -> APIRouter:
 
 
 def build_hot(
-    services: Services, dispatcher: Dispatcher
+    services: Services, dispatcher: Dispatcher, kept: Responses, legacy: bool
 ) -> dict[str, Callable[[Call], Awaitable[None]]]:
     return {
         "/v1/chat/completions": Inference(services, dispatcher, Kind.CHAT),
         "/v1/embeddings": Inference(services, dispatcher, Kind.EMBEDDINGS),
+        responses.PATH: responses.CreateResponse(
+            services, kept, streams.Streams(services, legacy), legacy
+        ),
     }
 
 

@@ -33,16 +33,19 @@ def to_chat(body: Body) -> Body:
             param="messages",
             code="missing_required_parameter",
         )
-    flags = {name: _flag(name, rest.pop(name, None)) for name in _FLAGS}
+    flags = {name: flag(name, rest.pop(name, None)) for name in _FLAGS}
     chat = rest if "messages" in rest else _from_responses(rest)
     if flags["include_reasoning"] is not None:
         chat["include_reasoning"] = flags["include_reasoning"]
-    if flags["enable_thinking"] is not None:
-        options = chat.get("chat_template_kwargs") or {}
-        if isinstance(options, dict):  # anything else is refused like any other chat's
-            options = options | {"enable_thinking": flags["enable_thinking"]}
-        chat["chat_template_kwargs"] = options
-    return chat
+    return thinking(chat, flags["enable_thinking"])
+
+
+def thinking(body: Body, wanted: bool | None) -> Body:
+    """The body of any engine's route with sference's `enable_thinking`."""
+    options = body.get("chat_template_kwargs") or {}
+    if wanted is None or not isinstance(options, dict):  # which is refused like anybody's
+        return body
+    return body | {"chat_template_kwargs": options | {"enable_thinking": wanted}}
 
 
 def shown(error: InvalidRequest, body: Body) -> InvalidRequest:
@@ -55,7 +58,8 @@ def shown(error: InvalidRequest, body: Body) -> InvalidRequest:
     return InvalidRequest(message, param=param, code=error.code)
 
 
-def _flag(name: str, value: Any) -> bool | None:
+def flag(name: str, value: Any) -> bool | None:
+    """Raises InvalidRequest."""
     if value is None or isinstance(value, bool):
         return value
     raise _wrong(name, "it must be true or false")
