@@ -1,5 +1,6 @@
 """Responses as records: one worker at a time, one end, a feed that skips and repeats nothing."""
 
+import contextlib
 import time
 from typing import Any
 
@@ -308,6 +309,16 @@ def test_serials_do_not_begin_anew(store: Store):
     assert store.responses.news(0)[0] > last
 
 
+def test_the_last_serial_does_not_go_with_its_entry(store: Store, other: Store):
+    before = store.responses.last_serial()
+    made = [add(store, state=_S.COMPLETED) for _ in range(2)]
+    last = max(store.responses.serials([each.id for each in made]).values())
+    assert before < last == other.responses.last_serial()
+    for each in made:
+        store.responses.delete(each.id)
+    assert store.responses.last_serial() == last
+
+
 # -- conversations
 
 
@@ -378,6 +389,27 @@ def test_a_stream_is_archived_for_good(store: Store):
     assert store.streams.close(mail, StreamState.ARCHIVED).archived_at is not None
     with pytest.raises(Conflict):
         store.streams.close(mail, StreamState.CANCELLED)
+
+
+@pytest.mark.parametrize("state", [StreamState.CANCELLED, StreamState.ARCHIVED])
+def test_nothing_is_put_into_a_stream_that_is_not_open(store: Store, state: StreamState):
+    mail = stream(store)
+    store.streams.close(mail, state)
+    with pytest.raises(Conflict, match=f"is {state}"):
+        add(store, stream=mail)
+
+
+def test_nothing_slips_into_a_stream_while_it_is_cancelled(store: Store, other: Store):
+    mail = stream(store)
+
+    def put() -> None:
+        with contextlib.suppress(Conflict):
+            for _ in range(20):
+                add(store, stream=mail)
+
+    race(put, put, put, lambda: other.streams.close(mail, StreamState.CANCELLED))
+    counts = other.streams.counts(mail)
+    assert counts.pending == 0 and counts.total == counts.cancelled
 
 
 def test_streams_are_limited_and_listed(store: Store):
