@@ -1,6 +1,7 @@
 """sference's clients, new and old, and its command line, against the running system on vLLM."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -113,3 +114,73 @@ def test_the_command_line_streams_its_answers(cluster: Cluster, tmp_path: Path):
     assert "Paris" in row["result_json"]["choices"][0]["message"]["content"]
     listed = sference(cluster.url, tmp_path, "batch", "list", "--json", key=cluster.KEY)
     assert json.loads(listed)["items"][0]["status"] == "completed"
+
+
+def test_responses_are_answered_at_once_and_later(cluster: Cluster, client: SferenceClient):
+    now = client.create_response(**RESPONSES)
+    later = client.create_response(**RESPONSES, background=True)
+    assert (now.status, later.status, later.output) == ("completed", "in_progress", None)
+    ended = client.wait_for_response(later.id, poll_interval=0.1, timeout=60)
+    for made in (now, ended):
+        assert made.output is not None and made.usage is not None
+        (message,) = made.output
+        assert "Paris" in message.content[0].text and made.usage.output_tokens > 3
+    cut = client.create_response(**RESPONSES | {"max_output_tokens": 2})
+    assert cut.status == "incomplete" and cut.incomplete_details is not None
+    assert cut.incomplete_details.reason == "max_output_tokens"
+    assert {now.id, ended.id, cut.id} <= {row.id for row in client.list_responses().data}
+
+
+def test_a_response_is_cancelled_in_the_engine(cluster: Cluster, client: SferenceClient):
+    endless = RESPONSES | {"ignore_eos": True, "max_output_tokens": 1500, "background": True}
+    with cluster.client() as plain:
+        made = plain.post("/sference/v1/responses", json=endless).json()["id"]
+    assert client.cancel_response(made).status in ("in_progress", "cancelled")
+    assert client.wait_for_response(made, poll_interval=0.1, timeout=20).status == "cancelled"
+
+
+def test_a_stream_tells_its_answers(
+    cluster: Cluster, client: SferenceClient, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("SFERENCE_STREAM_CHECKPOINTS", str(tmp_path / "mine.json"))
+    made = client.create_stream("questions").id
+    given = tmp_path / "questions.jsonl"
+    given.write_text(json.dumps({"content": QUESTION}) + "\n")
+    sference(
+        cluster.url, tmp_path, "stream", "submit", "--stream-id", made, "--input-file", given,
+        "--model", "demo-chat", key=cluster.KEY,
+    )  # fmt: skip
+    metadata = {"stream_id": made, "completion_window": "24h"}
+    for number in range(20):
+        asked = {"metadata": metadata | {"custom_id": str(number)}}
+        client.create_response(**RESPONSES | asked)
+    seen: list[Any] = []
+    deadline = time.monotonic() + 60
+    while len(seen) < 21:
+        assert time.monotonic() < deadline, f"only {len(seen)} events came"
+        seen += client.iter_responses_events(stream_id=made)
+    cursors = [event.completion_id for event in seen]
+    assert cursors == sorted(set(cursors))
+    assert sorted(event.custom_id or "" for event in seen) == sorted(["", *map(str, range(20))])
+    for event in seen:
+        assert event.result is not None and event.status == "completed"
+        assert "Paris" in event.result["choices"][0]["message"]["content"]
+    full = client.get_stream(made)
+    assert (full.completed_items, full.completion_ratio) == (21, 1.0)
+    assert full.latest_completion_id == cursors[-1]
+    assert client.cancel_stream(made).status == "cancelled"
+    with pytest.raises(ApiError, match=r"^409: "):
+        client.create_response(**RESPONSES | {"metadata": metadata})
+
+
+def test_older_clients_read_their_responses(cluster: Cluster, tmp_path: Path):
+    url = f"{cluster.url}/sference"
+    made, events = old_client(
+        url, cluster.KEY, tmp_path, ["create_response", RESPONSES], ["list_responses_events", {}]
+    )
+    assert "Paris" in made["output"][0]["content"][0]["text"]
+    assert made["id"] in [event["response_id"] for event in events["data"]]
+    with cluster.client() as plain:
+        answer = plain.post("/sference-legacy/v1/responses", json=RESPONSES).json()
+    (item,) = answer["output"]
+    assert item["type"] == "output_text" and "Paris" in item["text"]
