@@ -36,6 +36,9 @@ RAY_STOP_TIMEOUT_S = 20
 INSTANCE = "LLM_ENGINE_INSTANCE"
 #: Endpoint states that will not change without someone doing something.
 SETTLED = ("READY", "UPDATE_FAILED")
+#: Logical CPUs of the smallest machine: what the demo models, a fine-tune and a batch's own engine
+#: reserve must fit at a time.
+LEAST_CPUS = 4
 
 
 def tell(event: str, **facts: Any) -> None:
@@ -83,7 +86,7 @@ class LocalCluster:
     def start(self, stop: threading.Event) -> None:
         """Raises StartupError with what to do. Returns early once `stop` is set."""
         environment = self.environment
-        cpus = self._cluster.num_cpus or max(2, os.cpu_count() or 2)
+        cpus = self._cluster.num_cpus or max(LEAST_CPUS, os.cpu_count() or 1)
         command = [
             find_script("ray") or "ray", "start", "--head", "--block",
             "--node-ip-address=127.0.0.1",

@@ -285,7 +285,7 @@ class ClusterSettings(Section):
         Path("~/.llm-engine"), description="Ray's files, logs, the token and the pid file."
     )
     num_cpus: int | None = Field(
-        None, ge=1, description="Ray's logical CPUs. Unset: the machine's, and at least 2."
+        None, ge=1, description="Ray's logical CPUs. Unset: the machine's, and at least 4."
     )
     object_store_bytes: int = Field(
         100 * 2**20, ge=75 * 2**20, description="Ray's shared memory; tokens never go there. Bytes."
