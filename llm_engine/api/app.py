@@ -25,6 +25,7 @@ from llm_engine.api.openai import (
     fine_tuning,
     models,
     responses,
+    stored_chats,
     uploads,
 )
 from llm_engine.api.openai.inference import Inference
@@ -77,6 +78,7 @@ def _mount_openai(services: Services, dispatcher: Dispatcher, kept: Responses) -
     cold.include_router(fine_tuning.build_router(services))
     cold.include_router(responses.build_router(services, dispatcher, kept))
     cold.include_router(conversations.build_router(services))
+    cold.include_router(stored_chats.build_router(services))
     cold.include_router(downloads.build_router(services))
     cold.include_router(admin.build_router(services))
     _add_operations(cold, services)
