@@ -1,9 +1,9 @@
 """An engine with no weights: the same words to every prompt, as fast as HTTP goes.
 
 For overhead benchmarks and quick tests, never for answers. Understands of OpenAI's fields just
-`stream`, `stream_options.include_usage`, `max_tokens` and its other names, `input`, `seed`, with which
-a whole text begins, to tell it from others, and `logprob_token_ids`: of these tokens each is half as
-likely as the one before. A token of a text is a character.
+`stream`, `stream_options.include_usage`, `max_tokens` and its other names, `input`, `seed`, with
+which a whole text begins, to tell it from others, and `logprob_token_ids`: each of these tokens is
+half as likely as the one before. A token of a text is a character.
 Its `vllm_args` are `load_delay_s`, `token_delay_s`, `max_num_seqs` and `max_model_len`; anything
 else is refused. Knows nothing of vLLM.
 """
