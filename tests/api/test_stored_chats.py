@@ -12,6 +12,7 @@ from sference_sdk.client import ApiError
 
 from llm_engine.errors import StoreUnavailable
 from llm_engine.signing import Signer, Ticket
+from tests.support.cluster import eventually
 from tests.support.gateway import GatewayThread, fake_endpoint
 from tests.support.sference import client_of as sference_of
 from tests.support.upstream import (
@@ -35,9 +36,15 @@ def upstream() -> Iterator[Upstream]:
 
 @pytest.fixture(scope="module")
 def gateway(upstream: Upstream) -> Iterator[GatewayThread]:
-    engines = [fake_endpoint("fake"), fake_endpoint("other")]
+    engines = [
+        fake_endpoint("fake"),
+        fake_endpoint("other"),
+        fake_endpoint("slow", vllm_args={"token_delay_s": 0.05}),
+    ]
     with gateway_with_registry(engines, api_keys=[KEY]) as running:
         register(running, "ext", KEY, url=upstream.url, model="theirs", default_key="sk-theirs")
+        theirs = {"url": upstream.url, "model": "theirs", "default_key": "sk-theirs"}
+        register(running, "shaky", KEY, fallback="fake", **theirs)
         yield running
 
 
@@ -273,6 +280,25 @@ def test_a_stream_that_is_too_long_to_be_kept_says_so(client, monkeypatch):
     with pytest.raises(openai.APIError, match="the most that can be stored"):
         list(say(client, stream=True, max_tokens=50, metadata={"long": "1"}))
     assert of({"long": "1"}, client) == []
+
+
+def test_who_leaves_stops_the_engine_and_nothing_is_kept(client, gateway):
+    with say(client, model="slow", stream=True, max_tokens=500, metadata={"left": "1"}) as stream:
+        next(iter(stream))
+    eventually(lambda: gateway.load("slow").depth == 0, 5)
+    assert of({"left": "1"}, client) == []
+
+
+def test_a_fallback_is_named_and_kept_under_its_own(client, gateway, upstream):
+    upstream.behave = failing(500)
+    for stream in (False, True):
+        answer = client.chat.completions.with_raw_response.create(
+            model="shaky", messages=[HI], store=True, stream=stream, max_tokens=2
+        )
+        assert answer.headers["x-llm-engine-served-by"] == "fake"
+        told = answer.parse()
+        found = kept(client, next(iter(told)).id if stream else told.id)
+        assert (found.model, found.choices[0].message.content) == ("fake", "word word ")
 
 
 def test_in_a_batch_it_is_refused(client: OpenAI, gateway: GatewayThread):
