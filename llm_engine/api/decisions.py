@@ -30,7 +30,7 @@ Values = dict[str, Any]
 
 #: Requests of one decision that are under way at a time.
 AT_ONCE = 8
-#: Labels whose tokens are remembered.
+#: Labels whose tokens are remembered, of all models together.
 MOST_REMEMBERED = 4096
 _TOKENIZE, _CHAT = "/tokenize", "/v1/chat/completions"
 
@@ -105,9 +105,9 @@ class Decisions:
             )
         return form.found
 
-    async def tokens(self, who: Principal, model: str, endpoint: EndpointStatus, text: str) -> int:
+    async def token(self, who: Principal, model: str, endpoint: EndpointStatus, text: str) -> int:
         """The token that is this text for the model; -1: it takes several."""
-        key = (endpoint.name, endpoint.generation or "", endpoint.model, text)
+        key = (endpoint.name, endpoint.generation, text)
         known = self._known.get(key)
         if known is None:
             body = {"model": model, "prompt": text, "add_special_tokens": False}
@@ -189,7 +189,7 @@ class _Reading:
         )
 
     async def _token(self, text: str) -> int:
-        return await self._decisions.tokens(self._who, self._model, self._endpoint, text)
+        return await self._decisions.token(self._who, self._model, self._endpoint, text)
 
 
 class _Whole:
