@@ -34,6 +34,8 @@ logger = logging.getLogger("ray.serve")
 HURRIED_S, BUSY_S, QUIET_S = 0.1, 1.0, 15.0
 #: Between two rounds of cleaning up.
 SWEEP_S = 60.0
+#: Of as many rows as one transaction forgets; the next sweep goes on.
+SWEEP_ROUNDS = 100
 ORPHANS_SWEEP_S = 6 * 3600.0  # it lists every batch's folder, every fine-tune's and every adapter's
 
 
@@ -92,6 +94,7 @@ class JobKeeper:
 
     def _sweep(self) -> None:
         """What has expired or was deleted, and what outlived the record that it was for."""
+        forget_expired(self._store, time.time())  # first: it needs no storage
         gone = files.sweep(self._storage, self._store, time.time())
         if gone:
             logger.info("%s expired files and uploads are gone", gone)
@@ -120,3 +123,17 @@ class JobKeeper:
             others = [node["NodeManagerAddress"] for node in nodes if node["Alive"]]
             hosts = list(dict.fromkeys([*hosts, *others]))
         return [f"http://{host}:{gateway.port}" for host in hosts]
+
+
+def forget_expired(store: Store, now: float) -> int:
+    """Responses and stored chats whose time is over; how many."""
+    gone = 0
+    for kind in (store.responses, store.chats):
+        for _ in range(SWEEP_ROUNDS):
+            swept = kind.sweep(now)
+            gone += swept
+            if not swept:
+                break
+    if gone:
+        logger.info("%s expired responses and stored chats are gone", gone)
+    return gone

@@ -16,6 +16,7 @@ from llm_engine import metrics, records
 from llm_engine.api import admin, downloads, llm_engine_api, root_signals, sference
 from llm_engine.api.auth import Keyring, Scheme
 from llm_engine.api.cold import PRINCIPAL, SERVER_ERROR, Render, build_cold, having
+from llm_engine.api.decisions import Decisions
 from llm_engine.api.dispatch import Dispatcher
 from llm_engine.api.http import Call, ClientGone, Receive, Scope, Send, openai_error
 from llm_engine.api.openai import (
@@ -25,6 +26,7 @@ from llm_engine.api.openai import (
     fine_tuning,
     models,
     responses,
+    stored_chats,
     uploads,
 )
 from llm_engine.api.openai.inference import Inference
@@ -77,6 +79,7 @@ def _mount_openai(services: Services, dispatcher: Dispatcher, kept: Responses) -
     cold.include_router(fine_tuning.build_router(services))
     cold.include_router(responses.build_router(services, dispatcher, kept))
     cold.include_router(conversations.build_router(services))
+    cold.include_router(stored_chats.build_router(services))
     cold.include_router(downloads.build_router(services))
     cold.include_router(admin.build_router(services))
     _add_operations(cold, services)
@@ -90,6 +93,7 @@ def _mount_openai(services: Services, dispatcher: Dispatcher, kept: Responses) -
             "/v1/completions": Inference(services, dispatcher, Kind.COMPLETIONS),
             "/v1/embeddings": Inference(services, dispatcher, Kind.EMBEDDINGS),
             "/v1/responses": responses.CreateResponse(services, kept),
+            "/v1/decisions": Decisions(services, dispatcher),
         },
     )
 

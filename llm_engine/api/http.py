@@ -1,9 +1,10 @@
 """Small pieces of HTTP over ASGI that every dialect uses."""
 
 import asyncio
+import contextlib
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import orjson
@@ -115,6 +116,23 @@ class Call:
         self._on_gone = None
         if self._watch is not None:
             self._watch.cancel()
+
+
+@contextlib.asynccontextmanager
+async def until_gone(call: Call) -> AsyncIterator[None]:
+    """Give up what is inside once the client has left. Raises ClientGone then."""
+    task = asyncio.current_task()
+    assert task is not None
+    call.when_gone(task.cancel)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not call.gone:
+            raise
+        task.uncancel()
+        raise ClientGone from None
+    finally:
+        call.when_gone(None)
 
 
 def require(who: Principal, scope: records.Scope) -> None:

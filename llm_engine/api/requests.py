@@ -41,6 +41,7 @@ class EngineRequest:
     shown: str | None = None  # what answers call the model, where engines call it otherwise
     batch: bool = False  # nobody waits for it
     adapter: str | None = None  # the id of what the engine is to answer with
+    store: bool = False  # the answer is to be kept, with the request
     session: str | None = None  # requests with the same one begin alike: one replica has its cache
 
     @property

@@ -18,7 +18,7 @@ import orjson
 
 from llm_engine import __version__
 from llm_engine.api import sse
-from llm_engine.api.http import Call, ClientGone
+from llm_engine.api.http import Call, until_gone
 from llm_engine.api.network_guard import Allowed, GuardedBackend, Refused
 from llm_engine.api.replicas import STREAM_HEADERS
 from llm_engine.api.requests import EngineRequest, Form, Kind, rename
@@ -80,7 +80,7 @@ class Upstreams:
         in_flight = self._metrics.in_flight.labels(model.name)
         in_flight.inc()
         try:
-            async with _until_gone(call):
+            async with until_gone(call):
                 whole = await self._ask(call, exchange, model)
         except _FAILURES as error:
             raise self._failure(error, shown) from None
@@ -303,23 +303,6 @@ class _Exchange:
         part = {Kind.CHAT: "message", Kind.COMPLETIONS: "text", Kind.EMBEDDINGS: "embedding"}
         if not rows or not all(part[self.request.kind] in row for row in rows):
             raise self.nonsense("it holds no answer")
-
-
-@contextlib.asynccontextmanager
-async def _until_gone(call: Call) -> AsyncIterator[None]:
-    """Give up what is inside once the client has left. Raises ClientGone then."""
-    task = asyncio.current_task()
-    assert task is not None
-    call.when_gone(task.cancel)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if not call.gone:
-            raise
-        task.uncancel()
-        raise ClientGone from None
-    finally:
-        call.when_gone(None)
 
 
 def _address(model: ModelRecord, request: EngineRequest) -> str:

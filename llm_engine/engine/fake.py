@@ -1,16 +1,19 @@
 """An engine with no weights: the same words to every prompt, as fast as HTTP goes.
 
 For overhead benchmarks and quick tests, never for answers. Understands of OpenAI's fields just
-`stream`, `max_tokens` and its other names, `input`, and `seed`, with which a whole text begins, to
-tell it from others.
+`stream`, `stream_options.include_usage`, `max_tokens` and its other names, `input`, `seed`, with
+which a whole text begins, to tell it from others, and `logprob_token_ids`: each of these tokens is
+half as likely as the one before. A token of a text is a character.
 Its `vllm_args` are `load_delay_s`, `token_delay_s`, `max_num_seqs` and `max_model_len`; anything
 else is refused. Knows nothing of vLLM.
 """
 
 import asyncio
 import json
+import math
 import socket
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,8 @@ class FakeEngine:
         body = json.loads(await read_body(receive))
         if self.running + self.waiting >= self.spec.max_queue:
             return await reply(send, 503, {"error": {"message": "queue full", "code": 503}})
+        if path == "/tokenize":
+            return await reply(send, 200, {"tokens": [ord(each) for each in body["prompt"]]})
         self.waiting += 1
         work = asyncio.create_task(self._work(path, body, send))
         gone = asyncio.create_task(until_disconnect(receive))
@@ -89,18 +94,19 @@ class FakeEngine:
         chat = path == "/v1/chat/completions"
         kind = "chat.completion" if chat else "text_completion"
         head = {
-            "id": "chatcmpl-fake" if chat else "cmpl-fake",
+            "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": kind + ".chunk" if chat and body.get("stream") else kind,
             "created": int(time.time()),
             "model": body["model"],
         }
+        usage = {"prompt_tokens": 1, "completion_tokens": count, "total_tokens": count + 1}
         if not body.get("stream"):
             await asyncio.sleep(count * self.options["token_delay_s"])
             self.generated_tokens += count
             text = WORD * count if body.get("seed") is None else f"{body['seed']} {WORD * count}"
-            choice: dict[str, Any] = {"index": 0, "finish_reason": "length", "logprobs": None}
+            choice: dict[str, Any] = {"index": 0, "finish_reason": "length"}
+            choice["logprobs"] = logprobs(body.get("logprob_token_ids"))
             choice |= {"message": message(text)} if chat else {"text": text}
-            usage = {"prompt_tokens": 1, "completion_tokens": count, "total_tokens": count + 1}
             return await reply(send, 200, head | {"choices": [choice], "usage": usage})
         await send(start(200, b"text/event-stream; charset=utf-8"))
         for i in range(count):
@@ -110,6 +116,10 @@ class FakeEngine:
             choice = {"index": 0, "finish_reason": last, "logprobs": None}
             choice |= {"delta": {"content": WORD}} if chat else {"text": WORD}
             event = b"data: " + json.dumps(head | {"choices": [choice]}).encode() + b"\n\n"
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        if (body.get("stream_options") or {}).get("include_usage"):
+            event = json.dumps(head | {"choices": [], "usage": usage}).encode()
+            event = b"data: " + event + b"\n\n"
             await send({"type": "http.response.body", "body": event, "more_body": True})
         await send({"type": "http.response.body", "body": b"data: [DONE]\n\n"})
 
@@ -184,6 +194,17 @@ class FakeHost:
 
 def message(text: str) -> dict[str, Any]:
     return {"role": "assistant", "content": text, "refusal": None}
+
+
+def logprobs(tokens: list[int] | None) -> dict[str, Any] | None:
+    if tokens is None:
+        return None
+    asked = [
+        {"token": chr(token), "logprob": -math.log(2) * (place + 1), "bytes": None}
+        for place, token in enumerate(tokens)
+    ]
+    said = {"token": WORD, "logprob": -math.log(2) * len(tokens), "bytes": None}
+    return {"content": [said | {"top_logprobs": [said, *asked]}]}
 
 
 def start(status: int, content_type: bytes) -> dict[str, Any]:

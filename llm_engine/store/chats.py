@@ -36,19 +36,23 @@ class Chats:
         model: str | None = None,
         metadata: dict[str, str] | None = None,
     ) -> tuple[list[StoredChat], bool]:
-        """And whether there are more. Raises NotFound where there is no chat `after`."""
+        """And whether there are more; without their requests, which may be large. Raises NotFound
+        where they have no chat `after`."""
         at, place = table.created_at, sa.tuple_(table.created_at, table.id)
         order = (at.desc(), table.id.desc()) if newest_first else (at, table.id)
-        wanted = sa.select(tables.chats).where(_alive()).order_by(*order).limit(limit + 1)
+        shown = [column for column in table if column.name != "request"]
+        wanted = sa.select(*shown).where(_alive()).order_by(*order).limit(limit + 1)
         if owner is not None:
             wanted = wanted.where(table.owner == owner)
         if model is not None:
             wanted = wanted.where(table.model == model)
         for name, value in (metadata or {}).items():
-            wanted = wanted.where(table.metadata[name].as_string() == value)
+            wanted = wanted.where(self._database.labelled(table.metadata, name, value))
         with self._database.reading() as connection:
             if after is not None:
                 cursor = _one(connection, after)
+                if owner not in (None, cursor.owner):
+                    raise no_chat(after)
                 edge = sa.tuple_(sa.literal(cursor.created_at), sa.literal(cursor.id))
                 wanted = wanted.where(place < edge if newest_first else place > edge)
             found = [StoredChat(**row._mapping) for row in connection.execute(wanted)]

@@ -129,6 +129,16 @@ class Database:
     def close(self) -> None:
         self._engine.dispose()
 
+    def labelled(
+        self, column: sa.ColumnElement[Any], key: str, value: str
+    ) -> sa.ColumnElement[bool]:
+        """Whether the JSON object in a column has this pair."""
+        if not self.is_sqlite:
+            return column.op("->>", return_type=sa.Text())(sa.literal(key, sa.Text())) == value
+        # Not by a JSON path: a key may hold what a path has no way to quote.
+        pairs = sa.func.json_each(column).table_valued("key", "value", name="pairs")
+        return sa.exists().where(pairs.c.key == key, pairs.c.value == value)
+
     @contextlib.contextmanager
     def _limited(self, connection: sa.Connection) -> Iterator[None]:
         """`statement_timeout` is the server's own: one that hangs does not look at its clock."""

@@ -116,15 +116,7 @@ class FineTunes(Leased[FineTuneRecord]):
         column = self.TABLE.c.metadata
         if metadata is None:  # JSON's null, which is text
             return [sa.or_(column.is_(sa.null()), sa.cast(column, sa.Text) == "null")]
-        return [self._labelled(key, value) for key, value in metadata.items()]
-
-    def _labelled(self, key: str, value: str) -> sa.ColumnElement[bool]:
-        column = self.TABLE.c.metadata
-        if not self._database.is_sqlite:
-            return column.op("->>", return_type=sa.Text())(sa.literal(key, sa.Text())) == value
-        # Not by a JSON path: a key may hold what a path has no way to quote.
-        pairs = sa.func.json_each(column).table_valued("key", "value", name="pairs")
-        return sa.exists().where(pairs.c.key == key, pairs.c.value == value)
+        return [self._database.labelled(column, key, value) for key, value in metadata.items()]
 
     def events(
         self, fine_tune: str, before: int | None, limit: int

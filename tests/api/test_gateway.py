@@ -53,7 +53,8 @@ def test_every_answer_carries_the_callers_request_id(gateway):
     [
         ("GET", "/nowhere", 404, "unknown_url"),
         ("POST", "/v1/images/generations", 404, "unknown_url"),
-        ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
+        ("GET", "/v1/completions", 405, "method_not_allowed"),
+        ("PUT", "/v1/chat/completions", 405, "method_not_allowed"),
         ("DELETE", "/v1/models", 405, "method_not_allowed"),
         ("GET", "/v1/models/none/such:one", 404, "model_not_found"),
         ("GET", "/v1/endpoints/none", 404, "endpoint_not_found"),

@@ -338,6 +338,7 @@ def test_models_answer_at_once_too(gateway, client):
         ("POST", "/sference/v1/auth/login", 501, "not served here yet"),
         ("GET", "/sference/v1/streams/stream_1/events", 404, "Invalid URL"),
         ("PUT", "/sference/v1/responses", 405, "Not allowed"),
+        ("GET", "/sference/v1/decisions", 405, "takes POST"),
         ("GET", "/sference/v1/nothing", 404, "Invalid URL"),
         ("GET", "/sference", 404, "Invalid URL"),
         ("GET", "/sference/v1/batches/", 404, "Invalid URL"),

@@ -208,3 +208,72 @@ def test_tools_travel_there_and_back(cluster: Cluster):
     assert answer.choices[0].finish_reason == "tool_calls"
     assert call.function.name == "get_weather"
     assert json.loads(call.function.arguments) == {"city": "Paris"}
+
+
+def test_a_stored_chat_is_there_for_every_gateway(cluster: Cluster):
+    client = cluster.openai()
+    whole = ask(client, store=True, metadata={"test": "stored"}, logprobs=True, top_logprobs=2)
+    assert client.chat.completions.retrieve(whole.id).choices == whole.choices
+    chunks = list(ask(client, store=True, stream=True, logprobs=True, top_logprobs=2))
+    kept = client.chat.completions.retrieve(chunks[0].id)
+    assert {chunk.id for chunk in chunks} == {kept.id} and chunks[-1].usage is None
+    assert kept.choices[0].message == whole.choices[0].message
+    assert kept.choices[0].finish_reason == "stop"
+    assert kept.usage.completion_tokens == whole.usage.completion_tokens
+    logprobs = zip(kept.choices[0].logprobs.content, whole.choices[0].logprobs.content, strict=True)
+    assert all(one.token == other.token for one, other in logprobs)
+    found = client.chat.completions.list(metadata={"test": "stored"})
+    assert [each.id for each in found] == [whole.id]
+    for chat in (whole.id, kept.id):
+        assert client.chat.completions.delete(chat).deleted
+
+
+def test_a_stored_stream_keeps_its_tool_calls(cluster: Cluster):
+    function = {
+        "name": "get_weather",
+        "description": "The weather in a city.",
+        "parameters": {
+            "type": "object",
+            "properties": {"city": {"type": "string"}},
+            "required": ["city"],
+        },
+    }
+    client = cluster.openai()
+    question = [{"role": "user", "content": "What is the weather in Paris?"}]
+    first, *_ = ask(
+        client, messages=question, tools=[{"type": "function", "function": function}],
+        tool_choice="auto", store=True, stream=True,
+    )  # fmt: skip
+    kept = client.chat.completions.retrieve(first.id)
+    [call] = kept.choices[0].message.tool_calls
+    assert kept.choices[0].finish_reason == "tool_calls"
+    assert (call.function.name, json.loads(call.function.arguments)) == (
+        "get_weather",
+        {"city": "Paris"},
+    )
+
+
+def test_decisions_have_probabilities_and_are_the_same_each_time(cluster: Cluster):
+    questions = {
+        "animal": {"type": "choice", "criteria": {"dog": "It barks.", "cat": "It meows."}},
+        "size": {"type": "score", "instructions": "How large is it?", "criteria": ["S", "M", "L"]},
+        "tame": {"type": "noul", "instructions": "Is it tame?"},
+    }
+    body = {"model": "demo-chat", "state": "What sound does a dog make?", "questions": questions}
+    with cluster.client() as http:
+        answers = [http.post("/v1/decisions", json=body).json() for _ in range(3)]
+    first = answers[0]["answers"]
+    for name, count in (("animal", 2), ("size", 3)):
+        found = first[name]["probabilities"].values()
+        assert len(found) == count and math.isclose(sum(found), 1, abs_tol=1e-6)
+        assert 0 <= first[name]["confidence"] <= 1
+    assert first["animal"]["choice"] in ("dog", "cat")
+    assert 0 <= first["size"]["score"] <= 2 and 0 <= first["tame"]["noul"] <= 1
+    assert answers[0]["usage"]["input_tokens"] > 30 and answers[0]["usage"]["output_tokens"] == 3
+    for other in answers[1:]:
+        assert flat(other["answers"]) == pytest.approx(flat(first), abs=0.02)
+
+
+def flat(answers: dict[str, dict[str, object]]) -> list[float]:
+    numbers = [answers[name]["probabilities"].values() for name in ("animal", "size")]
+    return [float(n) for found in numbers for n in found] + [float(answers["tame"]["noul"])]

@@ -441,6 +441,24 @@ def test_stored_chats_in_pages(store: Store):
     even, _ = store.chats.page("ann", limit=9, metadata={"even": "True"}, newest_first=True)
     assert [each.id for each in even] == ["chatcmpl-2", "chatcmpl-0"]
     assert store.chats.page("ann", limit=9, model="other") == ([], False)
+    with pytest.raises(NotFound):
+        store.chats.page("ann", limit=9, after="chatcmpl-9")
+
+
+@pytest.mark.parametrize("key", ["a", 'a"b', "a.b", "a[0]", "$", "", "ä"])
+def test_stored_chats_are_found_by_any_key(store: Store, key: str):
+    store.chats.add(chat(1, metadata={key: "x", "other": "y"}))
+    store.chats.add(chat(2, metadata={key: "z"}))
+    store.chats.add(chat(3))
+    found, _ = store.chats.page("ann", limit=9, metadata={key: "x", "other": "y"})
+    assert [each.id for each in found] == ["chatcmpl-1"]
+
+
+def test_a_page_of_stored_chats_leaves_their_requests_out(store: Store):
+    store.chats.add(chat(1, request={"messages": ["long"]}, answer={"id": "chatcmpl-1"}))
+    [found], _ = store.chats.page("ann", limit=9)
+    assert (found.request, found.answer) == ({}, {"id": "chatcmpl-1"})
+    assert store.chats.get(found.id).request == {"messages": ["long"]}
 
 
 def test_a_stored_chat_changes_and_goes(store: Store):

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 
+from deployments import keeper as keeper_module
 from deployments.kept import KeptFineTunes
 from jobs.launcher import Job, LaunchError
 from llm_engine.fine_tunes import adapters
-from llm_engine.statuses import FineTuneState
+from llm_engine.responses import ResponseRecord, StoredChat
+from llm_engine.statuses import FineTuneState, ResponseState
 from tests.support.fine_tunes import Bench, fine_tune_record
 
 _S = FineTuneState
@@ -204,3 +206,22 @@ def test_what_killed_jobs_have_left_goes_and_nothing_else(bench, tmp_path, monke
     assert adapters.sweep_orphans(bench.store, bench.storage) == 1
     assert bench.left_over(tune) and not bench.left_over(ended)
     assert {each.key.split("/")[1] for each in bench.storage.list("adapters/")} == {adapter}
+
+
+def test_expired_responses_and_chats_go_however_many_and_nothing_else(bench, monkeypatch):
+    now = time.time()
+    ended = ResponseState.COMPLETED
+    for number in range(7):
+        until = now - 1 if number else now + 60
+        response = ResponseRecord(f"resp_{number}", "ann", "openai", "m", ended, now, until)
+        bench.store.responses.add(response)
+        bench.store.chats.add(StoredChat(f"chatcmpl-{number}", "ann", "m", now, until))
+    for kind in ("responses", "chats"):
+        sweep = getattr(bench.store, kind).sweep
+        monkeypatch.setattr(
+            getattr(bench.store, kind), "sweep", lambda when, sweep=sweep: sweep(when, limit=2)
+        )
+    monkeypatch.setattr(keeper_module, "SWEEP_ROUNDS", 2)
+    swept = [keeper_module.forget_expired(bench.store, now) for _ in range(3)]
+    assert swept == [8, 4, 0]
+    assert bench.store.responses.get("resp_0") and bench.store.chats.get("chatcmpl-0")

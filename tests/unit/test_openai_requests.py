@@ -184,7 +184,8 @@ BAD_CHAT: list[tuple[dict[str, Any], str, str]] = [
     ({"modalities": ["text", "audio"]}, "unsupported_value", "modalities[1]"),
     ({"web_search_options": {}}, UNSUPPORTED, "web_search_options"),
     ({"moderation": {"model": "x"}}, UNSUPPORTED, "moderation"),
-    ({"store": True}, "unsupported_value", "store"),
+    ({"store": "yes"}, TYPE, "store"),
+    ({"store": True, "metadata": {"a": "\0"}}, VALUE, "metadata"),
     ({"service_tier": "flex"}, "unsupported_value", "service_tier"),
     ({"verbosity": "high"}, "unsupported_value", "verbosity"),
     ({"guided_json": {}}, UNSUPPORTED, "guided_json"),
@@ -272,8 +273,8 @@ WORDING = [
      "but got an empty array instead."),
     ({"messages": [{"role": "user", "content": 5}]}, "Invalid type for 'messages[0].content': "
      "expected one of a string or an array, but got an integer instead."),
-    ({"store": True}, "Unsupported value: 'store' does not support true here. Supported values "
-     "are: false. Chat completions are not stored here."),
+    ({"verbosity": "high"}, "Unsupported value: 'verbosity' does not support 'high' here. "
+     "Supported values are: 'medium'."),
     ({"temprature": 1}, "Unknown parameter: 'temprature'. Did you mean 'temperature'?"),
 ]  # fmt: skip
 
@@ -403,10 +404,13 @@ def test_passes_unchanged(kind: Kind, changed: dict[str, Any]) -> None:
             },
             {"tools": [CLOCK], "tool_choice": "required"},
         ),
+        ({"store": True, "metadata": {"a": "b"}}, {}),
     ],
 )
 def test_put_into_vllms_words(changed: dict[str, Any], sent: dict[str, Any]) -> None:
-    assert orjson.loads(chat(**changed).body) == MINIMAL[Kind.CHAT] | sent
+    request = chat(**changed)
+    assert orjson.loads(request.body) == MINIMAL[Kind.CHAT] | sent
+    assert request.store is ("store" in changed)
 
 
 def test_null_n_is_left_out_of_completions() -> None:

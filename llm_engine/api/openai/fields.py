@@ -300,8 +300,11 @@ class ChatRequest(_Generate, total=False):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None
     chat_template_kwargs: dict[str, Any] | None
 
-    # Labels and hints: no value of theirs may change the answer, so they are accepted as they are.
+    # Kept, to be retrieved; `metadata` is what it can be found by.
+    store: bool | None
     metadata: Metadata | None
+
+    # Labels and hints: no value of theirs may change the answer, so they are accepted as they are.
     safety_identifier: str | None
     prompt_cache_key: str | None
     prompt_cache_retention: Literal["in_memory", "24h"] | None
@@ -312,7 +315,6 @@ class ChatRequest(_Generate, total=False):
     service_tier: Literal["auto", "default"] | None
     verbosity: Literal["medium"] | None
     modalities: Annotated[list[Literal["text"]], Field(fail_fast=True, min_length=1)] | None
-    store: Literal[False] | None
 
     audio: Unsupported
     functions: Unsupported

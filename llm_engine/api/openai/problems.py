@@ -19,7 +19,6 @@ WHY = {
     "function_call": "Use 'tools', 'tool_choice' and 'tool_calls' instead.",
     "modalities": "Models here answer in text only.",
     "moderation": "Answers are not moderated here.",
-    "store": "Chat completions are not stored here.",
     "web_search_options": "Models here have no web search.",
     "best_of": "Ask for 'n' answers and choose among them.",
     "suffix": "Models here do not insert text.",
@@ -208,7 +207,7 @@ def _not_among(path: Path, value: Any, context: Any) -> InvalidRequest:
 
 
 #: Where OpenAI knows more values than can be honoured here.
-_NARROWED = {"modalities", "service_tier", "store", "suffix", "tools", "verbosity"}
+_NARROWED = {"modalities", "service_tier", "suffix", "tools", "verbosity"}
 
 
 def _limit(word: str, code: str, sign: str, key: str) -> Callable[[Path, Any, Any], InvalidRequest]:

@@ -100,8 +100,9 @@ def _generation(kind: Kind, path: str, data: Body, body: bytes) -> EngineRequest
     prompts = len(prompt) if type(prompt) is list and type(prompt[0]) is not int else 1
     choices = (get("n") or 1) * prompts
     return EngineRequest(
-        kind, path, data["model"], stream, body, rewrite, choices, top_logprobs, obfuscate
-    )
+        kind, path, data["model"], stream, body, rewrite, choices, top_logprobs, obfuscate,
+        store=kind is Kind.CHAT and get("store") is True,
+    )  # fmt: skip
 
 
 # -- rules between fields
@@ -126,12 +127,36 @@ def _check_chat(data: Body) -> Body:
             _check_silent_assistant(index, message)
     if "tool_choice" in data:
         changes |= _check_tool_choice(data)
+    if get("store"):
+        check_labels(get("metadata"))
+        # It is kept here: whoever answers need not keep it, too.
+        changes |= {"store": _DROP, "metadata": _DROP}
     wanted = get("top_logprobs")
     if wanted and wanted < 20 and get("logprobs") and not get("logprob_token_ids"):
         # vLLM counts the sampled token as one of the top: with one more, the true top is whole.
         # `answers` sorts and cuts it.
         changes["top_logprobs"] = wanted + 1
     return changes
+
+
+def check_labels(metadata: dict[str, str] | None) -> None:
+    """Metadata that lists are to be searched by. Raises InvalidRequest."""
+    for name, value in (metadata or {}).items():
+        if "\0" in name + value:  # PostgreSQL could not search a list that holds it
+            raise problems.invalid(
+                "Invalid 'metadata': the character U+0000 cannot be kept.",
+                ("metadata",),
+                "invalid_value",
+            )
+
+
+def not_in_batches() -> InvalidRequest:
+    return problems.invalid(
+        "Unsupported value: 'store' does not support true in a batch, whose results are kept as "
+        "files.",
+        "store",
+        "unsupported_value",
+    )
 
 
 def _check_silent_assistant(index: int, message: Body) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable
 import orjson
 from fastapi import APIRouter, Request
 
+from llm_engine.api.decisions import Decisions
 from llm_engine.api.dispatch import Dispatcher
 from llm_engine.api.http import Call
 from llm_engine.api.openai.inference import Inference
@@ -19,7 +20,7 @@ from llm_engine.errors import APIError
 from llm_engine.services import Services
 
 #: What sference has and this platform has not yet: refused by name, as opposed to a wrong URL.
-_NOT_YET = ("auth/login", "decisions", "messages", "oauth")
+_NOT_YET = ("auth/login", "messages", "oauth")
 _METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE"]
 
 
@@ -58,6 +59,7 @@ def build_hot(
         responses.PATH: responses.CreateResponse(
             services, kept, streams.Streams(services, legacy), legacy
         ),
+        "/v1/decisions": Decisions(services, dispatcher),
     }
 
 

@@ -14,7 +14,7 @@ from typing import IO, Any, Self
 import ijson
 import orjson
 
-from llm_engine.api.openai.requests import parse
+from llm_engine.api.openai.requests import not_in_batches, parse
 from llm_engine.api.requests import Kind
 from llm_engine.api.sference.bodies import shown, to_chat
 from llm_engine.config import Settings
@@ -193,7 +193,10 @@ class _Rows:
         except TypeError as error:
             raise _invalid("body", str(error)) from None
         try:
-            model = parse(Kind.CHAT, written).model
+            request = parse(Kind.CHAT, written)
+            if request.store:
+                raise not_in_batches()
+            model = request.model
         except InvalidRequest as error:
             raise shown(error, body) from None
         if self._asked.model is None:
