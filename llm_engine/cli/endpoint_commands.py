@@ -26,7 +26,8 @@ Model = Annotated[
         "--model",
         "-m",
         metavar="MODEL",
-        help="A Hugging Face id, a folder of the nodes, builtin:chat, builtin:embed.",
+        help="A Hugging Face id, a folder of the nodes, builtin:chat, builtin:embed, or a "
+        "fine-tuned model (ft:...).",
     ),
 ]
 Task = Annotated[str | None, typer.Option(metavar="TASK", help="generate (text), or embed.")]
