@@ -21,6 +21,8 @@ from tests.support.cluster import eventually
 from tests.support.gateway import GatewayThread, fake_endpoint
 from tests.support.upstream import Upstream, failing, reply, streaming
 
+pytestmark = pytest.mark.slow
+
 SLOW = {"token_delay_s": 0.05}  # a row of two tokens takes a tenth of a second
 
 

@@ -11,6 +11,8 @@ from llm_engine.storage.opening import open_path
 from tests.support.batches import Bench
 from tests.support.gateway import GatewayThread, fake_endpoint
 
+pytestmark = pytest.mark.slow
+
 V1 = {"prompts": [f"q{i}" for i in range(5)], "max_new_tokens": 3, "temperature": 0.5}
 
 

@@ -4,6 +4,8 @@ import pytest
 
 from tests.jobs.soak import soak
 
+pytestmark = pytest.mark.slow
+
 KILLS = 32
 
 

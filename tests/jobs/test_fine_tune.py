@@ -22,6 +22,8 @@ from tests.support.cluster import eventually
 from tests.support.fake_trainer import FIRST, learned, loss_of
 from tests.support.fine_tunes import Bench, example, fine_tune_record, freeze, jsonl
 
+pytestmark = pytest.mark.slow
+
 SLOW = {"step_s": 0.05}
 FAKE = [sys.executable, "-m", "tests.support.fake_trainer"]
 _S = FineTuneState

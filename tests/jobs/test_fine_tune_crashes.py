@@ -4,6 +4,8 @@ import pytest
 
 from tests.jobs.fine_tune_soak import soak
 
+pytestmark = pytest.mark.slow
+
 KILLS = 24
 
 

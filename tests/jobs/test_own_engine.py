@@ -14,6 +14,8 @@ from tests.support.batches import Bench, row
 from tests.support.cluster import eventually
 from tests.support.gateway import GatewayThread, fake_endpoint
 
+pytestmark = pytest.mark.slow
+
 SLOW = {"token_delay_s": 0.05}
 
 

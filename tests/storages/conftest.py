@@ -15,8 +15,12 @@ from llm_engine.storage.s3 import S3Storage
 from tests.support.s3 import CephServer, MotoServer, S3Server, ceph_is_wanted
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if ceph_is_wanted():
+        for item in items:
+            if item.get_closest_marker("s3real"):
+                item.add_marker(pytest.mark.slow)
         return
     absent = [item for item in items if item.get_closest_marker("s3real")]
     if absent:
