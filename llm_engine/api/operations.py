@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from llm_engine.api.cold import check as check_shape
 from llm_engine.api.network_guard import Allowed, check
 from llm_engine.config import MERGED, EndpointSettings
 from llm_engine.errors import Conflict, Forbidden, InvalidRequest, NotFound
@@ -99,9 +100,7 @@ class Operations:
             if not settings.model.startswith(("ft:", MERGED)):
                 return settings
             raise NotFound(f"There is no fine-tuned model '{settings.model}'.", param="model")
-        return EndpointSettings.model_validate(
-            settings.model_dump() | {"model": f"{MERGED}{adapter.id}"}
-        )
+        return check_shape(EndpointSettings, settings.model_dump() | {"model": MERGED + adapter.id})
 
     def status(self, name: str) -> EndpointStatus | None:
         """How it is doing; None until the controller has seen it."""

@@ -43,6 +43,7 @@ HOST_ADAPTERS = 4
 ALWAYS_ARGS: dict[str, Any] = {
     "disable_uvicorn_access_log": True,
     "enable_prompt_tokens_details": True,  # usage tells cached_tokens
+    "enable_scale_out": True,  # /v1/responses/render, which counts tokens; the port is private
     # vLLM's own API key leaves /metrics, /health and others open; this covers every path.
     "middleware": ["llm_engine.engine.vllm_plugin.VllmGuard"],
 }
