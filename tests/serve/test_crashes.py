@@ -124,13 +124,16 @@ def engines(cluster: Cluster, endpoint: str) -> list[int]:
     return [c.pid for c in children if "llm_engine.engine.fake" in " ".join(c.cmdline())]
 
 
-def respond(cluster: Cluster, model: str, **asked: Any) -> str:
-    """The id of a response in the background."""
+def respond(cluster: Cluster, model: str, count: int, **asked: Any) -> list[str]:
+    """The ids of so many responses in the background."""
+    ids = []
     with cluster.client() as client:
-        body = {"model": model, "input": "One", "background": True} | asked
-        made = client.post("/v1/responses", json=body)
-        assert made.status_code == 200, made.text
-        return made.json()["id"]
+        for seed in range(count):
+            body = {"model": model, "input": "One", "background": True, "seed": seed} | asked
+            made = client.post("/v1/responses", json=body)
+            assert made.status_code == 200, made.text
+            ids.append(made.json()["id"])
+    return ids
 
 
 def responses_of(cluster: Cluster, ids: list[str]) -> dict[str, dict[str, Any]]:
@@ -154,7 +157,7 @@ def all_ended(cluster: Cluster, ids: list[str], timeout_s: float) -> dict[str, d
 def test_responses_outlive_the_gateway_that_works_on_them(cluster: Cluster):
     post(cluster, "talks", vllm_args={"token_delay_s": 0.1})
     cluster.wait_until("talks", "READY", 60)
-    ids = [respond(cluster, "talks", max_output_tokens=30, seed=n) for n in range(100)]
+    ids = respond(cluster, "talks", 100, max_output_tokens=30)
     with cluster.openai() as client:
         stream = client.responses.create(
             model="talks", input="One", background=True, stream=True, max_output_tokens=60
@@ -237,7 +240,8 @@ def test_after_the_power_went_every_endpoint_is_back(cluster: Cluster, settings:
     for name in ("kept", "updating", "leaving"):
         cluster.wait_until(name, "READY", 90)
     post(cluster, "creating", vllm_args={"load_delay_s": 15.0})
-    waiting = [respond(cluster, "creating", max_output_tokens=1) for _ in range(1000)]
+    eventually(lambda: [answers(cluster, "creating") for _ in range(8)] == [503] * 8, 10)
+    waiting = respond(cluster, "creating", 1000, max_output_tokens=1)
     patch(cluster, "updating", max_queue=9)
     with cluster.client() as client:
         client.delete("/v1/endpoints/leaving").raise_for_status()
