@@ -1,6 +1,6 @@
 """Records of responses, conversations, streams and stored chats: frozen, and named once."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from llm_engine.statuses import ResponseState, StreamState
@@ -55,6 +55,14 @@ class ResponseEnd:
     error: dict[str, Any] | None = None
     incomplete: str | None = None
     usage: dict[str, Any] | None = None
+    #: What was not asked for and the engine has chosen: temperature, top_p.
+    chosen: dict[str, float] = field(default_factory=dict)
+
+    def of(self, record: ResponseRecord) -> dict[str, Any]:
+        """What the record then says."""
+        said = {each.name: getattr(self, each.name) for each in fields(self)}
+        chosen = said.pop("chosen")
+        return said | {"request": record.request | chosen}
 
 
 @dataclass(frozen=True, slots=True)

@@ -345,7 +345,7 @@ def _change(connection: sa.Connection, found: ResponseRecord, **values: Any) -> 
 
 def _end(connection: sa.Connection, found: ResponseRecord, end: ResponseEnd) -> ResponseRecord:
     ended = _change(
-        connection, found, **asdict(end), told=found.told, ended_at=time.time(),
+        connection, found, **end.of(found), told=found.told, ended_at=time.time(),
         worker=None, lease_until=0.0,
     )  # fmt: skip
     _publish(connection, ended)

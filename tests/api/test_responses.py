@@ -231,6 +231,50 @@ def test_an_idempotency_key_makes_one(client: OpenAI):
         say(client, background=True, extra_headers=headers, input="other")
 
 
+# -- whose it is
+
+
+@pytest.fixture(scope="module")
+def keys(gateway: GatewayThread) -> list[str]:
+    """Of two owners."""
+    made = []
+    with gateway.client() as admin:
+        for owner in ("ann", "bob"):
+            asked = {"owner": owner, "scopes": ["inference"]}
+            made.append(admin.post("/v1/keys", json=asked).raise_for_status().json()["key"])
+    return made
+
+
+def test_nobody_sees_another_owners(gateway: GatewayThread, keys: list[str]):
+    with (
+        OpenAI(base_url=f"{gateway.url}/v1", api_key=keys[0], max_retries=0) as ann,
+        OpenAI(base_url=f"{gateway.url}/v1", api_key=keys[1], max_retries=0) as bob,
+    ):
+        made, talk = say(ann, background=True), ann.conversations.create()
+        for ask in (
+            lambda: bob.responses.retrieve(made.id),
+            lambda: bob.responses.retrieve(made.id, stream=True),
+            lambda: bob.responses.cancel(made.id),
+            lambda: bob.responses.delete(made.id),
+            lambda: bob.responses.input_items.list(made.id),
+            lambda: say(bob, conversation=talk.id),
+            lambda: bob.conversations.retrieve(talk.id),
+            lambda: bob.conversations.update(talk.id, metadata={}),
+            lambda: bob.conversations.delete(talk.id),
+            lambda: bob.conversations.items.list(talk.id),
+            lambda: bob.conversations.items.create(
+                talk.id, items=[{"type": "message", "role": "user", "content": "x"}]
+            ),
+        ):
+            with pytest.raises(openai.NotFoundError):
+                ask()
+        done(ann, made.id)
+        with pytest.raises(openai.BadRequestError) as error:
+            say(bob, previous_response_id=made.id)
+        assert error.value.code == "previous_response_not_found"
+        assert ann.conversations.retrieve(talk.id).id == talk.id
+
+
 # -- bad input
 
 

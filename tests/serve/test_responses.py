@@ -29,6 +29,7 @@ def test_answers_and_keeps_the_answer(client: OpenAI):
     made = say(client, metadata={"a": "b"})
     assert (made.output_text, made.status) == (PARIS, "completed")
     assert made.usage.input_tokens > 5 and made.usage.output_tokens > 3
+    assert (made.temperature, made.top_p) == (0, 1)
     for _ in range(8):  # whichever gateway is asked
         assert client.responses.retrieve(made.id) == made
 

@@ -117,6 +117,11 @@ class Turn:
             output=output,
             incomplete=reason or ("max_output_tokens" if state == "incomplete" else None),
             usage=usage_of(told.get("usage")),
+            chosen={
+                name: told[name]
+                for name in ("temperature", "top_p")
+                if self.record.request.get(name) is None and told.get(name) is not None
+            },
         )
 
     def _pass_on(self, event: Event) -> None:
@@ -141,10 +146,7 @@ class Turn:
 
 def ended(record: ResponseRecord, end: ResponseEnd, at: float) -> ResponseRecord:
     """The record as it is then."""
-    return replace(
-        record, state=end.state, output=end.output, error=end.error, incomplete=end.incomplete,
-        usage=end.usage, ended_at=at,
-    )  # fmt: skip
+    return replace(record, **end.of(record), ended_at=at)
 
 
 def _item(item: Item) -> Item:
