@@ -7,6 +7,7 @@ once on each node, in a folder that engines share.
 Blocking. Imports torch only to make one, not to find it.
 """
 
+import contextlib
 import fcntl
 import logging
 import os
@@ -75,12 +76,16 @@ def _merge(base: str, adapter: Path, folder: Path) -> None:
 def _make_room(parent: Path, most: int) -> None:
     """Those that no engine serves go, where there are more bytes of them than `most`."""
     found = [path for path in parent.iterdir() if path.is_dir()]
-    sizes = {path: sum(f.stat().st_size for f in path.iterdir()) for path in found}
+    sizes: dict[Path, int] = {}
+    for path in found:
+        with contextlib.suppress(FileNotFoundError):  # another process has just moved it
+            sizes[path] = sum(file.stat().st_size for file in path.iterdir())
     total = sum(sizes.values())
-    for path in sorted(found, key=lambda path: path.stat().st_mtime):
+    for path in sorted(sizes):  # ids begin with their time
         if total <= most:
             return
-        lock = os.open(path.with_suffix(".lock"), os.O_RDWR | os.O_CREAT, 0o600)
+        adapter = path.name.removeprefix(".").partition(".")[0]  # of one that is being made, too
+        lock = os.open(parent / f"{adapter}.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -48,7 +48,7 @@ class Conversations:
     def delete(self, conversation: str) -> None:
         """With its items. Raises NotFound."""
         with self._database.writing() as connection:
-            _one(connection, conversation)
+            _one(connection, conversation, lock=True)  # no response adds to it meanwhile
             connection.execute(
                 tables.conversation_items.delete().where(items.conversation == conversation)
             )

@@ -197,6 +197,7 @@ def _engine(url: sa.URL) -> sa.Engine:
 def _postgresql(url: sa.URL) -> sa.Engine:
     engine = sa.create_engine(
         url,
+        hide_parameters=True,  # errors are logged, and these are what people wrote
         pool_size=POOL_SIZE,
         max_overflow=0,
         pool_timeout=CONNECT_TIMEOUT_S,
@@ -246,7 +247,8 @@ def _sqlite(url: sa.URL) -> sa.Engine:
         path.touch(mode=0o600)
     except OSError as error:
         raise ConfigError(f"store.url: {path} cannot be written: {error.strerror}") from None
-    engine = sa.create_engine(url, connect_args={"timeout": BUSY_TIMEOUT_MS / 1000})
+    timeout = {"timeout": BUSY_TIMEOUT_MS / 1000}
+    engine = sa.create_engine(url, hide_parameters=True, connect_args=timeout)
 
     @sa.event.listens_for(engine, "connect")
     def prepare(connection: Any, _: Any) -> None:

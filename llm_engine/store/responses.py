@@ -17,23 +17,18 @@ import orjson
 import sqlalchemy as sa
 
 from llm_engine.errors import Conflict, LeaseLost, NotFound, Overloaded
-from llm_engine.responses import FeedEntry, ResponseEnd, ResponseRecord
+from llm_engine.responses import ResponseEnd, ResponseRecord
 from llm_engine.statuses import ResponseState, StreamState
 from llm_engine.store import conversations, idempotency, tables
-from llm_engine.store.database import Database, Lock
+from llm_engine.store.database import Lock
+from llm_engine.store.followed import Followed, alive, feed, log, read, table
 from llm_engine.store.idempotency import Once
 
-table = tables.responses.c
-feed = tables.feed.c
-log = tables.response_events.c
 ROUTE = "responses"  # of the idempotency keys that make them
 _OPEN = (ResponseState.QUEUED, ResponseState.IN_PROGRESS)
 
 
-class Responses:
-    def __init__(self, database: Database) -> None:
-        self._database = database
-
+class Responses(Followed):
     # -- what clients do
 
     def add(
@@ -77,10 +72,8 @@ class Responses:
         with self._database.reading() as connection:
             found = [_one(connection, response)]
             ids = _ancestors(connection, response, longest)[1:]
-            rows = connection.execute(
-                sa.select(tables.responses).where(table.id.in_(ids), _alive())
-            )
-            by_id = {row.id: _read(row) for row in rows}
+            rows = connection.execute(sa.select(tables.responses).where(table.id.in_(ids), alive()))
+            by_id = {row.id: read(row) for row in rows}
         while found[-1].previous in by_id:
             found.append(by_id.pop(found[-1].previous))
         return found[::-1]
@@ -94,7 +87,7 @@ class Responses:
         stream: str | None = None,
     ) -> tuple[list[ResponseRecord], bool]:
         """Newest first, and whether there are more. `owner` None: of all."""
-        wanted = sa.select(tables.responses).where(_alive())
+        wanted = sa.select(tables.responses).where(alive())
         wanted = wanted.order_by(table.id.desc()).limit(limit + 1)
         if owner is not None:
             wanted = wanted.where(table.owner == owner)
@@ -103,7 +96,7 @@ class Responses:
         if after is not None:
             wanted = wanted.where(table.id < after)
         with self._database.reading() as connection:
-            found = [_read(row) for row in connection.execute(wanted)]
+            found = [read(row) for row in connection.execute(wanted)]
         return found[:limit], len(found) > limit
 
     def ask_cancel(self, response: str) -> ResponseRecord:
@@ -133,11 +126,15 @@ class Responses:
         with self._database.reading() as connection:
             return connection.execute(wanted).one_or_none() is not None
 
-    def claim(self, worker: str, lease_s: float, limit: int) -> list[ResponseRecord]:
-        """Become the worker of those that wait, the oldest first, dead gateways' included."""
+    def claim(
+        self, worker: str, lease_s: float, limit: int, abandoned: bool = True
+    ) -> list[ResponseRecord]:
+        """Become the worker of those that wait, the oldest first; dead gateways', too, if
+        `abandoned`."""
         now = time.time()
         with self._database.writing() as connection:
-            picked = sa.select(table.id).where(_claimable()).order_by(table.id).limit(limit)
+            free = _claimable() if abandoned else table.state == ResponseState.QUEUED
+            picked = sa.select(table.id).where(free).order_by(table.id).limit(limit)
             ids = list(connection.execute(picked.with_for_update(skip_locked=True)).scalars())
             if not ids:
                 return []
@@ -152,7 +149,7 @@ class Responses:
                 )
                 .returning(*table)
             )
-            return sorted((_read(row) for row in rows), key=lambda record: record.id)
+            return sorted((read(row) for row in rows), key=lambda record: record.id)
 
     def held(self, worker: str) -> dict[str, bool]:
         """What it still works on, and whether that shall be cancelled."""
@@ -162,13 +159,30 @@ class Responses:
         with self._database.reading() as connection:
             return {row.id: row.cancel_asked for row in connection.execute(wanted)}
 
-    def beat(self, worker: str, lease_s: float) -> None:
-        """The worker lives."""
+    def beat(self, worker: str, lease_s: float, responses: Collection[str]) -> None:
+        """The worker lives, and works on these."""
         with self._database.writing() as connection:
             connection.execute(
                 tables.responses.update()
-                .where(table.worker == worker, table.state == ResponseState.IN_PROGRESS)
+                .where(
+                    table.id.in_(responses),
+                    table.worker == worker,
+                    table.state == ResponseState.IN_PROGRESS,
+                )
                 .values(lease_until=time.time() + lease_s)
+            )
+
+    def abandon(self, worker: str, responses: Collection[str]) -> None:
+        """It works on these no more; that it has tried counts."""
+        with self._database.writing() as connection:
+            connection.execute(
+                tables.responses.update()
+                .where(
+                    table.id.in_(responses),
+                    table.worker == worker,
+                    table.state == ResponseState.IN_PROGRESS,
+                )
+                .values(worker=None, lease_until=0.0)
             )
 
     def release(self, worker: str) -> None:
@@ -186,11 +200,19 @@ class Responses:
             )
 
     def tell(self, record: ResponseRecord, events: list[bytes]) -> ResponseRecord:
-        """As its worker: more events for its log, in JSON. Raises LeaseLost."""
+        """As its worker: more events for its log, in JSON. `record` as it was before them: what
+        another try has written already is not written again. Raises LeaseLost."""
         with self._database.writing() as connection:
-            found = _held(connection, record)
+            wanted = sa.select(table.worker, table.state, table.told).where(table.id == record.id)
+            row = connection.execute(wanted.with_for_update()).one_or_none()
+            if row is None or row.worker != record.worker or ResponseState(row.state).is_final:
+                raise _lost(record)
+            found = replace(record, told=row.told)
+            events = events[row.told - record.told :]
+            if not events:
+                return found
             _log(connection, found, events)
-            return _change(connection, found, told=found.told + len(events))
+            return _change(connection, found, told=row.told + len(events))
 
     def end(
         self, record: ResponseRecord, end: ResponseEnd, events: list[bytes] | None = None
@@ -198,88 +220,11 @@ class Responses:
         """As its worker: it is over, and these were its last events. Raises LeaseLost."""
         with self._database.writing(alone=Lock.FEED) as connection:
             found = _held(connection, record)
+            events = (events or [])[found.told - record.told :]
             if events:
                 _log(connection, found, events)
                 found = replace(found, told=found.told + len(events))
             return _end(connection, found, end)
-
-    # -- what readers follow
-
-    def events(self, response: str, after: int, limit: int = 500) -> list[bytes]:
-        """Its events with a higher sequence number than `after`, in JSON, in order."""
-        wanted = sa.select(log.first, log.events).where(log.response == response, log.last > after)
-        found: list[bytes] = []
-        with self._database.reading() as connection:
-            for row in connection.execute(wanted.order_by(log.first)):
-                lines = row.events.encode().split(b"\n")
-                found += lines[max(0, after + 1 - row.first) :]
-                if len(found) >= limit:
-                    break
-        return found
-
-    def standing(self, responses: Collection[str]) -> dict[str, tuple[int, bool]]:
-        """How many events each has told, and whether it has ended; those that are there."""
-        wanted = sa.select(table.id, table.told, table.state).where(table.id.in_(responses))
-        with self._database.reading() as connection:
-            return {
-                row.id: (row.told, ResponseState(row.state).is_final)
-                for row in connection.execute(wanted)
-            }
-
-    def news(self, serial: int) -> tuple[int, set[tuple[str, str | None]]]:
-        """The feed's last serial, which never goes back, and whose entries came after `serial`:
-        of which owner, in which stream."""
-        later = sa.select(feed.owner, feed.stream).where(feed.serial > serial).distinct()
-        with self._database.reading() as connection:
-            last = connection.execute(sa.select(sa.func.max(feed.serial))).scalar() or 0
-            return last, {(row.owner, row.stream) for row in connection.execute(later)}
-
-    def last_serial(self) -> int:
-        """The highest that the feed has given out, whether or not its entry is still there."""
-        given = (
-            "SELECT seq FROM sqlite_sequence WHERE name = 'feed'"
-            if self._database.is_sqlite
-            else "SELECT pg_sequence_last_value(pg_get_serial_sequence('feed', 'serial')::regclass)"
-        )
-        with self._database.reading() as connection:
-            return connection.execute(sa.text(given)).scalar() or 0
-
-    def feed(
-        self,
-        owner: str | None,
-        stream: str | None,
-        *,
-        limit: int,
-        after: int | None = None,
-        before: int | None = None,
-    ) -> tuple[list[FeedEntry], bool]:
-        """What has ended in `stream`, or outside of all streams, and whether there is more.
-
-        With `after` the entries with a higher serial, oldest first; else newest first.
-        """
-        wanted = (
-            sa.select(feed.serial, tables.responses)
-            .join(tables.responses, table.id == feed.response)
-            .where(feed.stream.is_(None) if stream is None else feed.stream == stream, _alive())
-            .order_by(feed.serial if after is not None else feed.serial.desc())
-            .limit(limit + 1)
-        )
-        if owner is not None:
-            wanted = wanted.where(feed.owner == owner)
-        if after is not None:
-            wanted = wanted.where(feed.serial > after)
-        if before is not None:
-            wanted = wanted.where(feed.serial < before)
-        with self._database.reading() as connection:
-            rows = connection.execute(wanted).all()
-        found = [FeedEntry(row.serial, _read(row)) for row in rows]
-        return found[:limit], len(found) > limit
-
-    def serials(self, responses: Collection[str]) -> dict[str, int]:
-        """Of those that have ended."""
-        wanted = sa.select(feed.response, feed.serial).where(feed.response.in_(responses))
-        with self._database.reading() as connection:
-            return {row.response: row.serial for row in connection.execute(wanted)}
 
     # -- cleaning up
 
@@ -297,13 +242,15 @@ def no_response(response: str) -> NotFound:
     return NotFound(f"Response with id '{response[:100]}' not found.", param="response_id")
 
 
-def cancel_waiting(connection: sa.Connection, stream: str) -> None:
-    """Those of a stream that nobody has begun; under Lock.FEED."""
+def cancel_waiting(connection: sa.Connection, stream: str, limit: int) -> int:
+    """Some of a stream that nobody has begun; how many. Under Lock.FEED."""
     waiting = sa.select(tables.responses).where(
         table.stream == stream, table.state == ResponseState.QUEUED
     )
-    for row in connection.execute(waiting.order_by(table.id).with_for_update()).all():
-        _end(connection, _read(row), ResponseEnd(ResponseState.CANCELLED))
+    rows = connection.execute(waiting.order_by(table.id).limit(limit).with_for_update()).all()
+    for row in rows:
+        _end(connection, read(row), ResponseEnd(ResponseState.CANCELLED))
+    return len(rows)
 
 
 def _claimable() -> sa.ColumnElement[bool]:
@@ -315,27 +262,27 @@ def _claimable() -> sa.ColumnElement[bool]:
     return sa.or_(table.state == ResponseState.QUEUED, abandoned)
 
 
-def _alive() -> sa.ColumnElement[bool]:
-    return table.expires_at > time.time()
-
-
 def _one(connection: sa.Connection, response: str, lock: bool = False) -> ResponseRecord:
     if "\0" in response:  # PostgreSQL knows no such text
         raise no_response(response)
-    wanted = sa.select(tables.responses).where(table.id == response, _alive())
+    wanted = sa.select(tables.responses).where(table.id == response, alive())
     row = connection.execute(wanted.with_for_update() if lock else wanted).one_or_none()
     if row is None:
         raise no_response(response)
-    return _read(row)
+    return read(row)
 
 
 def _held(connection: sa.Connection, record: ResponseRecord) -> ResponseRecord:
     wanted = sa.select(tables.responses).where(table.id == record.id).with_for_update()
     row = connection.execute(wanted).one_or_none()
-    found = None if row is None else _read(row)
+    found = None if row is None else read(row)
     if found is None or found.worker != record.worker or found.state.is_final:
-        raise LeaseLost(f"another gateway works on {record.id}, or it has ended")
+        raise _lost(record)
     return found
+
+
+def _lost(record: ResponseRecord) -> LeaseLost:
+    return LeaseLost(f"another gateway works on {record.id}, or it has ended")
 
 
 def _change(connection: sa.Connection, found: ResponseRecord, **values: Any) -> ResponseRecord:
@@ -426,11 +373,6 @@ def _remove(connection: sa.Connection, ids: Iterable[str]) -> None:
     connection.execute(tables.feed.delete().where(feed.response.in_(ids)))
     connection.execute(tables.response_events.delete().where(log.response.in_(ids)))
     connection.execute(tables.responses.delete().where(table.id.in_(ids)))
-
-
-def _read(row: Any) -> ResponseRecord:
-    values = {name: row._mapping[name] for name in table.keys()}
-    return ResponseRecord(**values | {"state": ResponseState(row.state)})
 
 
 def as_lines(events: Iterable[dict[str, Any]]) -> list[bytes]:

@@ -11,8 +11,10 @@ from llm_engine.responses import FeedEntry, Stream, StreamCounts
 from llm_engine.statuses import ResponseState, StreamState
 from llm_engine.store import responses, tables
 from llm_engine.store.database import Database, Lock
+from llm_engine.store.followed import read
 
 table = tables.streams.c
+TOGETHER = 200  # responses that are cancelled in one transaction
 _COUNTED = {
     ResponseState.QUEUED: "pending",
     ResponseState.IN_PROGRESS: "running",
@@ -57,8 +59,17 @@ class Streams:
     def close(self, stream: str, state: StreamState) -> Stream:
         """Cancel or archive it; again is no mistake. Raises NotFound, and Conflict where what was
         archived shall be cancelled."""
+        closed = self._close(stream, state)
+        while closed.state is StreamState.CANCELLED:
+            # A few at a time: whoever ends a response waits for this.
+            with self._database.writing(alone=Lock.FEED) as connection:
+                if not responses.cancel_waiting(connection, stream, TOGETHER):
+                    break
+        return closed
+
+    def _close(self, stream: str, state: StreamState) -> Stream:
         now = time.time()
-        with self._database.writing(alone=Lock.FEED) as connection:
+        with self._database.writing() as connection:
             found = _one(connection, stream, lock=True)
             if found.state is state:
                 return found
@@ -67,7 +78,6 @@ class Streams:
             values: dict[str, Any] = {"state": state, "updated_at": now}
             if state is StreamState.CANCELLED:
                 values["cancelled_at"] = now
-                responses.cancel_waiting(connection, stream)
             else:
                 values["archived_at"] = now
             mine = tables.streams.update().where(table.id == stream)
@@ -102,7 +112,7 @@ class Streams:
                 values["output_tokens"] += row.output_tokens
             newest = connection.execute(last).one_or_none()
         if newest is not None:
-            values["last"] = FeedEntry(newest.serial, responses._read(newest))
+            values["last"] = FeedEntry(newest.serial, read(newest))
         return StreamCounts(**values)
 
 

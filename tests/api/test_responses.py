@@ -335,3 +335,30 @@ def test_one_that_still_runs_cannot_be_gone_on_from(client: OpenAI):
     with pytest.raises(openai.BadRequestError, match=r"queued|in_progress"):
         say(client, previous_response_id=made.id)
     done(client, made.id)
+
+
+def nested(levels: int) -> list[Any]:
+    made: list[Any] = []
+    for _ in range(levels):
+        made = [made]
+    return made
+
+
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"type": ["x"]},
+        {"type": "message", "role": "user", "content": [{"type": []}]},
+        {"type": "message", "role": "user", "content": "x", "id": "a\0"},
+        {"role": "user", "content": "x", "deep": nested(300)},
+    ],
+    ids=["type", "part", "id", "deep"],
+)
+def test_odd_items_are_no_failure_of_the_server(client: OpenAI, item: dict[str, Any]):
+    talk = client.conversations.create()
+    for ask in (
+        lambda: say(client, input=[item]),
+        lambda: client.conversations.items.create(talk.id, items=[item]),
+    ):
+        with pytest.raises(openai.BadRequestError):
+            ask()

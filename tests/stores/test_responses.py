@@ -165,11 +165,21 @@ def test_a_dead_gateways_are_claimed_by_another(store: Store):
 
 
 def test_a_gateway_that_lives_keeps_what_it_has(store: Store):
-    add(store)
+    made, other = add(store), add(store)
     store.responses.claim("w1", 0.2, 9)
-    store.responses.beat("w1", LEASE_S)
+    store.responses.beat("w1", LEASE_S, [made.id])
     time.sleep(0.3)
+    assert store.responses.claim("w2", LEASE_S, 9, abandoned=False) == []
+    assert [each.id for each in store.responses.claim("w2", LEASE_S, 9)] == [other.id]
+
+
+def test_what_a_gateway_gives_up_is_anybodys_and_counts(store: Store):
+    made = claimed(store)
+    store.responses.abandon("w2", [made.id])
     assert store.responses.claim("w2", LEASE_S, 9) == []
+    store.responses.abandon("w1", [made.id])
+    (again,) = store.responses.claim("w2", LEASE_S, 9)
+    assert (again.id, again.starts) == (made.id, 2)
 
 
 def test_a_gateway_that_stops_gives_back_what_it_has(store: Store):
@@ -248,6 +258,16 @@ def test_events_are_read_from_anywhere(store: Store, other: Store):
     for after in range(-1, 5):
         assert other.responses.events(made.id, after) == everything[after + 1 :]
     assert other.responses.standing([made.id, "no"]) == {made.id: (4, True)}
+
+
+def test_events_whose_writing_was_not_heard_of_are_not_written_twice(store: Store):
+    made = claimed(store)
+    first = [b'{"n":0}', b'{"n":1}']
+    store.responses.tell(made, first)
+    assert store.responses.tell(made, first).told == 2
+    assert store.responses.tell(made, [*first, b'{"n":2}']).told == 3
+    store.responses.end(made, DONE, [*first, b'{"n":2}', b'{"n":3}'])
+    assert store.responses.events(made.id, -1) == [b'{"n":%d}' % n for n in range(4)]
 
 
 # -- the feed

@@ -32,7 +32,10 @@ def parse(kind: Kind, body: bytes) -> EngineRequest:
     """Raises InvalidRequest for the first thing that is wrong."""
     data, changes = check(kind, body)
     if changes:
-        body = orjson.dumps(changed(data, changes))
+        try:
+            body = orjson.dumps(changed(data, changes))
+        except TypeError:  # read it can be, and not written
+            raise InvalidRequest("The request body is nested too deeply.") from None
     path = _ROUTES[kind].path
     if kind is Kind.EMBEDDINGS:
         # vLLM's answer has all that OpenAI requires, and may be megabytes.

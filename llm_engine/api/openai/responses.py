@@ -116,7 +116,7 @@ def build_router(services: Services, dispatcher: Dispatcher, responses: Response
         response: str,
         who: Asker,
         stream: bool = False,
-        starting_after: Annotated[int, Query(ge=0)] | None = None,
+        starting_after: Annotated[int, Query(ge=0, le=2**31 - 1)] | None = None,
     ) -> Response:
         record = await responses.get(who, response)
         if not stream:

@@ -50,7 +50,14 @@ async def _of_conversation(
         if not who.sees(conversations.get(conversation).owner):
             raise no_conversation(conversation)
         most = services.settings.responses.max_conversation_items
-        placed, _ = conversations.items(conversation, limit=most, until=until)
+        placed, more = conversations.items(conversation, limit=most, until=until)
+        if more:
+            raise InvalidRequest(
+                f"The conversation has over {most} items (responses.max_conversation_items). Begin "
+                "another one.",
+                param="conversation",
+                code="conversation_full",
+            )
         last = placed[-1].serial if placed else 0
         return Context([each.data for each in placed], conversation, last)
 

@@ -1,7 +1,10 @@
 """Items, which responses and conversations are made of, in one form: with an id and a type, and
 their content in parts. No I/O."""
 
+import re
 from typing import Any
+
+import orjson
 
 from llm_engine.errors import InvalidRequest
 from llm_engine.ids import new_id
@@ -14,6 +17,8 @@ _PREFIX = {
     "function_call_output": "fco",
 }
 MOST_ID = 80  # characters
+_ID = re.compile(rf"[^\x00-\x1f\x7f]{{1,{MOST_ID}}}")
+_ROOM = 16  # levels around an item, wherever it is shown
 _ROLES = ("user", "system", "developer", "assistant")
 _PARTS = frozenset({"input_text", "output_text", "input_image", "input_file", "refusal"})
 _TEXTS = {"function_call": ("call_id", "name", "arguments"), "function_call_output": ("call_id",)}
@@ -32,8 +37,9 @@ def whole_item(item: Any, param: str) -> Item:
         raise _wrong(param, "it must be an object")
     kind = item.get("type", "message" if "role" in item else None)
     name = item.get("id")
-    if name is not None and not (isinstance(name, str) and 0 < len(name) <= MOST_ID):
-        raise _wrong(f"{param}.id", f"it must be a text of at most {MOST_ID} characters")
+    if name is not None and not (isinstance(name, str) and _ID.fullmatch(name)):
+        raise _wrong(f"{param}.id", f"it must be a text of at most {MOST_ID} plain characters")
+    _check_depth(item, param)
     if kind == "message":
         return _message(item, param)
     if kind == "item_reference":
@@ -42,7 +48,7 @@ def whole_item(item: Any, param: str) -> Item:
             "items cannot be referred to by their ids. Send the item itself, or the id of its "
             "response as 'previous_response_id'",
         )
-    if kind not in _PREFIX:
+    if not isinstance(kind, str) or kind not in _PREFIX:
         known = ", ".join(f"'{each}'" for each in _PREFIX)
         raise _wrong(f"{param}.type", f"it must be one of {known}")
     for field in _TEXTS.get(kind, ()):
@@ -53,6 +59,17 @@ def whole_item(item: Any, param: str) -> Item:
     if kind == "reasoning":
         item = {"summary": []} | item
     return _named(item, kind)
+
+
+def _check_depth(item: Item, param: str) -> None:
+    """What is put into lists and events must still be JSON there. Raises InvalidRequest."""
+    nested: Any = item
+    for _ in range(_ROOM):
+        nested = [nested]
+    try:
+        orjson.dumps(nested)
+    except (TypeError, RecursionError):
+        raise _wrong(param, "it is nested too deeply") from None
 
 
 def _message(item: Item, param: str) -> Item:
@@ -73,7 +90,7 @@ def _text(role: str, text: str) -> Item:
 
 def _part(part: Any, param: str) -> Item:
     kind = part.get("type") if isinstance(part, dict) else None
-    if kind not in _PARTS:
+    if not isinstance(kind, str) or kind not in _PARTS:
         raise _wrong(f"{param}.type", f"it must be one of {', '.join(sorted(_PARTS))}")
     text = "refusal" if kind == "refusal" else "text"
     if kind.endswith("_text") or kind == "refusal":

@@ -22,6 +22,10 @@ logger = logging.getLogger("llm_engine.api")
 
 #: Events are written together: so many, or those of so long.
 TOGETHER, TOGETHER_S = 32, 0.05
+#: Events that tell nothing of the answer yet: created, queued, in_progress.
+BEGUN = 3
+#: Engines that may be lost over one before their first word.
+MOST_INTERRUPTED = 3
 #: What passes by itself: waited out until the response's time is over.
 _PASSES = frozenset({429, 502, 503, 504})
 
@@ -43,25 +47,32 @@ class Run:
         self._unsaid: list[bytes] = []
         self._saved_at = time.monotonic()
         self._bytes = 0
+        self._decided: ResponseEnd | None = None
+        self._last: bytes | None = None  # the event that ends it
 
     async def run(self) -> None:
+        if self._record.cancel_asked:
+            return await self.cancelled()
         if problem := self._problem():
             self._turn.fail(problem)
             return await self._end(self._turn.close())
         scopes = {Scope.INFERENCE}
         who = Principal(self._record.owner, frozenset(scopes), sees_all=self._record.sees_all)
-        if self._record.streamed:
+        if self._record.streamed and self._record.told < BEGUN:
             self._turn.begin("in_progress")
-        tries = 0
+        tries = interrupted = 0
         while True:
             try:
                 before = await context_of(self._services, who, self._record)
-                request = engine_request(self._record, before, self._record.streamed)
-                await ask(
-                    self._dispatcher, who, request, self._turn, _forever,
-                    self._progress if self._record.streamed else None,
-                )  # fmt: skip
-                break
+                # Always event by event: a whole answer would have to come within the time that a
+                # first byte has.
+                request = engine_request(self._record, before, True)
+                await ask(self._dispatcher, who, request, self._turn, _forever, self._progress)
+                interrupted += self._turn.interrupted
+                if not self._turn.interrupted or interrupted > MOST_INTERRUPTED:
+                    break
+                logger.info("%s was interrupted before its first word", self._record.id)
+                self._turn.end = None
             except APIError as error:
                 late = time.time() - self._record.created_at > self._limits.background_timeout_s
                 if error.status not in _PASSES or late or self._turn.told_output:
@@ -84,7 +95,7 @@ class Run:
                 "(responses.max_attempts)."
             )
         # Of one that is streamed some were told already: another answer would not fit to them.
-        if self._record.starts > 1 and self._record.told > 3:
+        if self._record.told > BEGUN:
             return InternalError(
                 "The gateway that worked on this response was lost, with a part of the answer told "
                 "already. Send the request again."
@@ -93,6 +104,8 @@ class Run:
 
     async def _progress(self) -> None:
         new = self._turn.take()
+        if not self._record.streamed:
+            return
         self._unsaid += new
         self._bytes += sum(map(len, new))
         if self._bytes > self._limits.max_events_bytes:
@@ -105,16 +118,21 @@ class Run:
             await self._save()
 
     async def _save(self) -> None:
-        events, self._unsaid = self._unsaid, []
+        events = list(self._unsaid)  # they stay until they are known to be written
         self._record = await patiently(self._store.tell, self._record, events)
+        del self._unsaid[: len(events)]
         self._saved_at = time.monotonic()
         self._tail.poke()
 
     async def _end(self, end: ResponseEnd) -> None:
+        """Whoever cancels it while its end is being written is too late."""
+        end = self._decided = self._decided or end
         events: list[bytes] | None = None
         if self._record.streamed:
-            last = self._turn.last(ended(self._record, end, time.time()))
-            events = [*self._unsaid, *self._turn.take(), last]
+            self._unsaid += self._turn.take()
+            if self._last is None:
+                self._last = self._turn.last(ended(self._record, end, time.time()))
+            events = [*self._unsaid, self._last]
         await patiently(self._store.end, self._record, end, events)
         self._tail.poke()
 

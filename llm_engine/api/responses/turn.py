@@ -38,6 +38,7 @@ class Turn:
         self.record = record
         self.end: ResponseEnd | None = None
         self.told_output = False
+        self._broken = False
         self._store = store
         self._sequence = record.told
         self._events: list[Event] = []
@@ -62,6 +63,7 @@ class Turn:
         return engine_error(status, body, request)
 
     def failure(self, error: APIError) -> bytes:
+        self._broken = error.status >= 500
         self.fail(error)
         return b""
 
@@ -81,6 +83,12 @@ class Turn:
             output=self._output(),
             error={"code": "invalid_prompt" if wrong else code, "message": error.message},
         )
+
+    @property
+    def interrupted(self) -> bool:
+        """The engine was lost before it told anything of its answer: it may be asked again."""
+        failed = self.end is not None and self.end.state is ResponseState.FAILED
+        return failed and self._broken and not self.told_output
 
     def close(self) -> ResponseEnd:
         """What has come of it, once the engine has nothing more to say."""

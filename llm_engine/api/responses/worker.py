@@ -7,6 +7,7 @@ shall be cancelled, and what is no longer its own.
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import secrets
 import socket
@@ -38,6 +39,7 @@ class Worker:
         self._runs: dict[str, asyncio.Task[None]] = {}
         self._cancelled: set[str] = set()
         self._beaten_at = 0.0
+        self._away_at = -math.inf  # when the store did not answer last
         self._hurry = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -72,6 +74,7 @@ class Worker:
                 await self._look()
             except StoreUnavailable as error:
                 logger.warning("responses in the background wait: %s", error)
+                self._away_at = time.monotonic()
                 await asyncio.sleep(1)
             except Exception:
                 logger.exception("looking for responses to work on failed; trying again")
@@ -81,25 +84,34 @@ class Worker:
         if self._runs:
             now = time.monotonic()
             if now - self._beaten_at > self._limits.lease_s / BEATS_A_LEASE:
-                await asyncio.to_thread(self._store.beat, self.name, self._limits.lease_s)
+                mine = list(self._runs)
+                await asyncio.to_thread(self._store.beat, self.name, self._limits.lease_s, mine)
                 self._beaten_at = now
-            await self._heed()
+        await self._heed()
         room = self._limits.max_running - len(self._runs)
         if room > 0 and await asyncio.to_thread(self._store.any_waiting):
+            # After an outage of the store those whose gateways live must have the time to say so.
+            abandoned = time.monotonic() - self._away_at > self._limits.lease_s
             claimed = await asyncio.to_thread(
-                self._store.claim, self.name, self._limits.lease_s, room
+                self._store.claim, self.name, self._limits.lease_s, room, abandoned
             )
             for record in claimed:
                 self._begin(record)
 
     async def _heed(self) -> None:
+        """What shall not go on, and what this gateway has claimed and does not work on: a run that
+        broke off, or a claim whose answer was lost."""
         running = dict(self._runs)
         held = await asyncio.to_thread(self._store.held, self.name)
         for response, task in running.items():
-            if held.get(response, True) and not task.done():
+            if held.get(response, True) and not task.done() and not task.cancelling():
                 if response in held:
                     self._cancelled.add(response)
                 task.cancel()
+        left = held.keys() - running.keys() - self._runs.keys()
+        if left:
+            logger.warning("left for another gateway: %s", ", ".join(sorted(left)))
+            await asyncio.to_thread(self._store.abandon, self.name, list(left))
 
     def _begin(self, record: ResponseRecord) -> None:
         task = asyncio.create_task(self._run(record))
