@@ -77,8 +77,8 @@ class Balancer:
         session: str | None = None,
     ) -> ReplicaReport:
         """The replica to ask, with `adapter` one that can load it, with `session` the one that had
-        its earlier requests, if it may be. Raises Unavailable (none is
-        ready) or Overloaded (all are full)."""
+        its earlier requests, if it may be. Raises Unavailable (none is ready) or Overloaded (all
+        are full)."""
         ready = [r for r in self.table.replicas.get(endpoint.name, ()) if r.replica not in exclude]
         if adapter is not None:
             # In an update some run another version still.

@@ -19,9 +19,8 @@ import orjson
 from llm_engine.api.decision_questions import Question, parse
 from llm_engine.api.dispatch import SERVED_BY, Dispatcher
 from llm_engine.api.http import Call, until_gone
-from llm_engine.api.openai.answers import engine_error
 from llm_engine.api.requests import EngineRequest, Kind
-from llm_engine.api.responses.asking import ask
+from llm_engine.api.responses.asking import Whole, ask, stays
 from llm_engine.errors import APIError, InternalError, InvalidRequest, Unavailable
 from llm_engine.records import EndpointStatus, Principal, Scope
 from llm_engine.services import Services
@@ -94,8 +93,8 @@ class Decisions:
     async def ask(self, who: Principal, request: EngineRequest) -> Values:
         """The engine's answer. Raises APIError, also where another model would answer, whose tokens
         are not this one's."""
-        form = _Whole()
-        call = await ask(self._dispatcher, who, request, form, _stays)
+        form = Whole()
+        call = await ask(self._dispatcher, who, request, form, stays)
         if any(name == SERVED_BY for name, _ in call.fixed_headers):
             raise Unavailable(
                 f"The model '{request.model}' cannot answer now, and its fallback cannot decide in "
@@ -192,26 +191,6 @@ class _Reading:
         return await self._decisions.token(self._who, self._model, self._endpoint, text)
 
 
-class _Whole:
-    """A `Form` that keeps the engine's answer."""
-
-    def __init__(self) -> None:
-        self.found: Values = {}
-
-    def answer(self, request: EngineRequest, body: bytes) -> bytes:
-        self.found = orjson.loads(body)
-        return b""
-
-    def event(self, request: EngineRequest, payload: bytes) -> bytes:
-        raise NotImplementedError("it is never streamed")
-
-    def error(self, status: int, body: bytes, request: EngineRequest) -> APIError:
-        return engine_error(status, body, request)
-
-    def failure(self, error: APIError) -> bytes:
-        return b""
-
-
 def spellings(label: str) -> list[str]:
     """How a model may write it; a letter or a digit has no other case that means the same."""
     words = [label] if len(label) == 1 else [label, label.capitalize()]
@@ -257,7 +236,3 @@ async def _together() -> AsyncIterator[asyncio.TaskGroup]:
             yield group
     except BaseExceptionGroup as several:
         raise several.exceptions[0] from None
-
-
-async def _stays() -> Values:
-    return await asyncio.Event().wait()  # type: ignore[return-value]

@@ -19,12 +19,16 @@ import time
 from collections import OrderedDict
 from dataclasses import asdict
 from pathlib import Path
+from typing import Self
 
 import orjson
 
+from llm_engine.config import Settings
+from llm_engine.engine.adapters import AdapterSource
 from llm_engine.fine_tunes.adapters import Manifest, fetch
 from llm_engine.fine_tunes.folders import File
 from llm_engine.storage.base import NoSuchObject, Storage
+from llm_engine.storage.opening import open_storage
 
 logger = logging.getLogger("llm_engine.engine")
 
@@ -57,6 +61,11 @@ class AdapterCache:
         self._max_bytes = max_bytes
         #: What this process has compared with its checksums, so that it does so once.
         self._checked: OrderedDict[str, None] = OrderedDict()
+
+    @classmethod
+    def of(cls, source: AdapterSource) -> Self:
+        storage = open_storage(Settings.model_validate({"storage": source.storage}))
+        return cls(storage, Path(source.folder), source.max_bytes)
 
     def open(self, adapter: str) -> Opened:
         """Fetched where it is not here. Raises NoSuchObject where there is none, AdapterBroken,

@@ -153,9 +153,8 @@ class FakeEngine:
         await tell("in_progress", response=begun)
         await tell("output_item.added", item=item | {"content": []}, output_index=0)
         await tell("content_part.added", part=part | {"text": ""}, **at)
-        for piece in [text[: -len(WORD) * count]] * bool(text[: -len(WORD) * count]) + [
-            WORD
-        ] * count:
+        seed = text.removesuffix(WORD * count)
+        for piece in [*filter(None, [seed]), *[WORD] * count]:
             await asyncio.sleep(self.options["token_delay_s"])
             self.generated_tokens += 1
             await tell("output_text.delta", delta=piece, logprobs=None, **at)

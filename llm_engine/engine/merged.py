@@ -16,10 +16,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from llm_engine.config import BUILTIN, MERGED, Settings
+from llm_engine.config import BUILTIN, MERGED
 from llm_engine.engine.adapter_cache import AdapterCache
 from llm_engine.engine.adapters import AdapterSource
-from llm_engine.storage.opening import open_storage
 
 logger = logging.getLogger("llm_engine.engine")
 
@@ -46,8 +45,7 @@ def prepare(model: str, source: AdapterSource) -> tuple[Path, str]:
 
 
 def _make(adapter: str, folder: Path, source: AdapterSource) -> None:
-    settings = Settings.model_validate({"storage": source.storage})
-    cache = AdapterCache(open_storage(settings), Path(source.folder), source.max_bytes)
+    cache = AdapterCache.of(source)
     unfinished = folder.with_name(f".{adapter}.{secrets.token_hex(4)}")
     opened = cache.open(adapter)
     try:

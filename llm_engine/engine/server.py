@@ -18,10 +18,9 @@ import time
 from collections.abc import Callable, Coroutine
 from contextlib import AsyncExitStack
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
-from llm_engine.config import BUILTIN, EndpointSettings, Settings
+from llm_engine.config import BUILTIN, EndpointSettings
 from llm_engine.engine.adapters import AdapterFailed, Adapters, AdapterSource, Host
 from llm_engine.engine.base import (
     HEADER_ADAPTER,
@@ -214,12 +213,9 @@ class Guard:
 
     def _make_adapters(self, app: Any) -> Adapters:
         from llm_engine.engine.adapter_cache import AdapterCache
-        from llm_engine.storage.opening import open_storage
 
         spec = self._spec
-        source = AdapterSource(**(spec.adapters or {}))
-        storage = open_storage(Settings.model_validate({"storage": source.storage}))
-        cache = AdapterCache(storage, Path(source.folder), source.max_bytes)
+        cache = AdapterCache.of(AdapterSource(**(spec.adapters or {})))
         host, kept = self.host(app)
         return Adapters(
             cache.open, cache.remove, host,

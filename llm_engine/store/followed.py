@@ -92,12 +92,6 @@ class Followed:
         found = [FeedEntry(row.serial, read(row)) for row in rows]
         return found[:limit], len(found) > limit
 
-    def serials(self, responses: Collection[str]) -> dict[str, int]:
-        """Of those that have ended."""
-        wanted = sa.select(feed.response, feed.serial).where(feed.response.in_(responses))
-        with self._database.reading() as connection:
-            return {row.response: row.serial for row in connection.execute(wanted)}
-
 
 def alive() -> sa.ColumnElement[bool]:
     return table.expires_at > time.time()

@@ -13,7 +13,6 @@ from collections.abc import Collection, Iterable
 from dataclasses import asdict, replace
 from typing import Any
 
-import orjson
 import sqlalchemy as sa
 
 from llm_engine.errors import Conflict, LeaseLost, NotFound, Overloaded
@@ -373,8 +372,3 @@ def _remove(connection: sa.Connection, ids: Iterable[str]) -> None:
     connection.execute(tables.feed.delete().where(feed.response.in_(ids)))
     connection.execute(tables.response_events.delete().where(log.response.in_(ids)))
     connection.execute(tables.responses.delete().where(table.id.in_(ids)))
-
-
-def as_lines(events: Iterable[dict[str, Any]]) -> list[bytes]:
-    """Events as `tell` takes them: JSON, a line each."""
-    return [orjson.dumps(event) for event in events]

@@ -11,7 +11,7 @@ from typing_extensions import TypedDict
 from llm_engine.api.cold import having, read_json
 from llm_engine.api.openai import problems
 from llm_engine.api.openai.fields import Metadata
-from llm_engine.api.openai.responses import item_list
+from llm_engine.api.openai.files import list_row
 from llm_engine.api.responses import items
 from llm_engine.ids import new_id
 from llm_engine.records import Principal, Scope
@@ -92,7 +92,7 @@ def build_router(services: Services) -> APIRouter:
         await own(who, conversation)
         new = items.whole(asked["items"], "items")
         await asyncio.to_thread(store.add_items, conversation, new, most)
-        return item_list(new, False)
+        return list_row(new, False)
 
     @router.get(PATH + "/{conversation}/items")
     async def list_items(
@@ -108,7 +108,7 @@ def build_router(services: Services) -> APIRouter:
             placed, more = store.items(
                 conversation, limit=limit, after=after, newest_first=order == "desc"
             )
-            return item_list([each.data for each in placed], more)
+            return list_row([each.data for each in placed], more)
 
         return await asyncio.to_thread(read)
 

@@ -12,6 +12,7 @@ from llm_engine.api.cold import LARGEST_BODY, having
 from llm_engine.api.dispatch import Dispatcher
 from llm_engine.api.http import Call
 from llm_engine.api.once import once
+from llm_engine.api.openai.files import list_row
 from llm_engine.api.openai.requests import check
 from llm_engine.api.replicas import STREAM_HEADERS
 from llm_engine.api.requests import Kind
@@ -22,7 +23,7 @@ from llm_engine.api.responses.operations import NewResponse, Responses, framed
 from llm_engine.api.responses.shown import show
 from llm_engine.errors import InvalidRequest, NotFound
 from llm_engine.records import Principal, Scope
-from llm_engine.responses import Item, ResponseRecord
+from llm_engine.responses import ResponseRecord
 from llm_engine.services import Services
 from llm_engine.store.responses import ROUTE
 
@@ -164,20 +165,9 @@ def build_router(services: Services, dispatcher: Dispatcher, responses: Response
             if not places:
                 raise NotFound(f"Item with id '{after[:100]}' not found.", param="after")
             found = found[places[0] + 1 :]
-        return item_list(found[:limit], len(found) > limit)
+        return list_row(found[:limit], len(found) > limit)
 
     return router
-
-
-def item_list(found: list[Item], more: bool) -> Values:
-    """OpenAI's list of items, each of which has an id."""
-    return {
-        "object": "list",
-        "data": found,
-        "first_id": found[0]["id"] if found else None,
-        "last_id": found[-1]["id"] if found else None,
-        "has_more": more,
-    }
 
 
 async def _events(responses: Responses, record: ResponseRecord, after: int) -> AsyncIterator[bytes]:

@@ -23,6 +23,7 @@ from llm_engine.api.openai import problems
 from llm_engine.api.openai.answers import OpenAIForm
 from llm_engine.api.openai.chunks import Chunks
 from llm_engine.api.openai.fields import Metadata
+from llm_engine.api.openai.files import list_row
 from llm_engine.api.openai.fine_tuning import labels_of
 from llm_engine.api.openai.requests import check_labels, not_in_batches
 from llm_engine.api.requests import EngineRequest
@@ -239,14 +240,14 @@ def build_router(services: Services) -> APIRouter:
                 "invalid_value",
             )
         if "\0" in (model or ""):  # PostgreSQL knows no such text
-            return _list([], False)
+            return list_row([], False)
         found, more = await asyncio.to_thread(
             lambda: store.page(
                 owner(who), limit=limit, after=after, newest_first=order == "desc", model=model,
                 metadata=labels,
             )
         )  # fmt: skip
-        return _list([show(record) for record in found], more)
+        return list_row([show(record) for record in found], more)
 
     @router.get(PATH + "/{chat}")
     async def retrieve(chat: str, who: Asker) -> Values:
@@ -281,7 +282,7 @@ def build_router(services: Services) -> APIRouter:
             if not places:
                 raise NotFound(f"Message with id '{after[:100]}' not found.", param="after")
             found = found[places[0] + 1 :]
-        return _list(found[:limit], len(found) > limit)
+        return list_row(found[:limit], len(found) > limit)
 
     return router
 
@@ -303,13 +304,3 @@ def message_rows(record: StoredChat) -> list[Values]:
         }
         rows.append({"name": None, "refusal": None} | message | told)
     return rows
-
-
-def _list(rows: list[Values], more: bool) -> Values:
-    return {
-        "object": "list",
-        "data": rows,
-        "first_id": rows[0]["id"] if rows else None,
-        "last_id": rows[-1]["id"] if rows else None,
-        "has_more": more,
-    }

@@ -3,10 +3,9 @@
 import asyncio
 import logging
 import time
-from typing import Any
 
 from llm_engine.api.dispatch import Dispatcher
-from llm_engine.api.responses.asking import ask
+from llm_engine.api.responses.asking import ask, stays
 from llm_engine.api.responses.context import context_of
 from llm_engine.api.responses.engine import engine_request
 from llm_engine.api.responses.tail import Tail
@@ -67,7 +66,7 @@ class Run:
                 # Always event by event: a whole answer would have to come within the time that a
                 # first byte has.
                 request = engine_request(self._record, before, True)
-                await ask(self._dispatcher, who, request, self._turn, _forever, self._progress)
+                await ask(self._dispatcher, who, request, self._turn, stays, self._progress)
                 interrupted += self._turn.interrupted
                 if not self._turn.interrupted or interrupted > MOST_INTERRUPTED:
                     break
@@ -135,8 +134,3 @@ class Run:
             events = [*self._unsaid, self._last]
         await patiently(self._store.end, self._record, end, events)
         self._tail.poke()
-
-
-async def _forever() -> dict[str, Any]:
-    """What an ASGI application hears from a client that never leaves."""
-    return await asyncio.Event().wait()  # type: ignore[return-value]
