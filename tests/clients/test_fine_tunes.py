@@ -156,6 +156,10 @@ def test_a_fine_tuned_model_is_listed_used_and_deleted(client: OpenAI, training:
         model=name, messages=question, temperature=0, max_tokens=30, stream=True
     )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in streamed) == first
+    responded = client.responses.create(
+        model=name, input=question[0]["content"], temperature=0, max_output_tokens=30
+    )
+    assert (responded.output_text, responded.model) == (first, name)
     eventually(lambda: name in [m.id for m in client.models.list()], 20, 0.2, "it is not listed")
     assert client.models.delete(name).deleted
     for ask in (lambda: answer(client, name, question), lambda: client.models.delete(name)):
