@@ -22,6 +22,8 @@ logger = logging.getLogger("ray.serve")
 RETRY_S = 0.5
 CALL_TIMEOUT_S = 30.0
 FIRST_TABLE_TRIES = 10
+#: Of the time that a replica may take to drain; then Serve kills it.
+GIVEN_BACK_IN = 0.8
 Picture = tuple[RoutingTable, Directory | None]
 
 
@@ -56,9 +58,12 @@ class Ingress:
         # The first picture is awaited: a gateway that is up knows its endpoints.
         self._services.update(*await self._first_table())
         self._following = asyncio.create_task(self._follow())
+        self._gateway = build_app(self._services)
+        drain_s = settings.gateway.drain_timeout_s
+        replica.when_stopping(lambda: self._gateway.retire(GIVEN_BACK_IN * drain_s))
 
     def __serve_build_asgi_app__(self) -> Gateway:
-        return build_app(self._services)
+        return self._gateway
 
     async def check_health(self) -> None:
         if self._following.done():

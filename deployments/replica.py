@@ -1,9 +1,10 @@
 """What every deployment does first in its replica's process."""
 
+import asyncio
 import contextlib
 import ipaddress
 import logging
-from collections.abc import Container, Iterable
+from collections.abc import Callable, Container, Iterable
 
 import ray
 import ray.serve._private.replica as serve_replica
@@ -40,6 +41,23 @@ def keep_grpc_on_loopback() -> None:
         return original(server, address.replace("[::]", "127.0.0.1"))
 
     serve_replica.add_port_to_grpc_server = on_loopback
+
+
+def when_stopping(callback: Callable[[], None]) -> None:
+    """Once, on this event loop, as soon as Serve begins to drain this replica.
+
+    Serve calls nobody before the drain is over, and by then whoever holds a lease may have been
+    killed. Private, so: it is here only, and a test of tests/serve replaces the gateways while
+    they work on something.
+    """
+    original = serve_replica.Replica._perform_graceful_shutdown
+    loop = asyncio.get_running_loop()
+
+    async def told(self: serve_replica.Replica) -> None:
+        loop.call_soon_threadsafe(callback)
+        await original(self)
+
+    serve_replica.Replica._perform_graceful_shutdown = told
 
 
 async def scale(application: str, deployment: str, replicas: int) -> None:

@@ -222,6 +222,10 @@ class Gateway:
         await receive()
         await send({"type": "websocket.close", "code": 1003})
 
+    def retire(self, within_s: float) -> None:
+        """Other gateways take up what is in the background; what runs here has so long to end."""
+        self._responses.retire(within_s)
+
     async def _live(self, receive: Receive, send: Send) -> None:
         """ASGI's lifespan: what goes on besides requests."""
         while True:

@@ -77,9 +77,14 @@ class Database:
         `alone`: nobody else is in a transaction with the same lock. SQLite has one writer anyway.
         """
         with _in_words(self), self._engine.begin() as connection, self._limited(connection):
-            if alone is not None and not self.is_sqlite:
-                connection.execute(sa.select(sa.func.pg_advisory_xact_lock(alone)))
+            if alone is not None:
+                self.alone(connection, alone)
             yield connection
+
+    def alone(self, connection: sa.Connection, lock: Lock) -> None:
+        """From here to the end of this transaction that writes."""
+        if not self.is_sqlite:
+            connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock)))
 
     def migrate(self) -> str:
         """Bring the tables up to date; returns the database's identity. Safe to race."""

@@ -14,6 +14,9 @@ from llm_engine.store.database import Database
 table = tables.responses.c
 feed = tables.feed.c
 log = tables.response_events.c
+_LONG = ("request", "input", "output")  # megabytes, perhaps
+#: For lists: all of a record but these.
+BRIEF = [column for column in table if column.name not in _LONG]
 
 
 class Followed:
@@ -27,7 +30,8 @@ class Followed:
         wanted = sa.select(log.first, log.events).where(log.response == response, log.last > after)
         found: list[bytes] = []
         with self._database.reading() as connection:
-            for row in connection.execute(wanted.order_by(log.first)):
+            # A row holds one event at least.
+            for row in connection.execute(wanted.order_by(log.first).limit(limit)):
                 lines = row.events.encode().split(b"\n")
                 found += lines[max(0, after + 1 - row.first) :]
                 if len(found) >= limit:
@@ -43,12 +47,14 @@ class Followed:
                 for row in connection.execute(wanted)
             }
 
-    def news(self, serial: int) -> tuple[int, set[tuple[str, str | None]]]:
-        """The feed's last serial, which never goes back, and whose entries came after `serial`:
-        of which owner, in which stream."""
-        later = sa.select(feed.owner, feed.stream).where(feed.serial > serial).distinct()
+    def news(self, serial: int | None) -> tuple[int, set[tuple[str, str | None]]]:
+        """The feed's last serial, and whose entries came after `serial`: of which owner, in which
+        stream. None: whatever is there is known."""
         with self._database.reading() as connection:
             last = connection.execute(sa.select(sa.func.max(feed.serial))).scalar() or 0
+            if serial is None:
+                return last, set()
+            later = sa.select(feed.owner, feed.stream).where(feed.serial > serial).distinct()
             return last, {(row.owner, row.stream) for row in connection.execute(later)}
 
     def last_serial(self) -> int:
@@ -70,12 +76,13 @@ class Followed:
         after: int | None = None,
         before: int | None = None,
     ) -> tuple[list[FeedEntry], bool]:
-        """What has ended in `stream`, or outside of all streams, and whether there is more.
+        """What has ended in `stream`, or outside of all streams, without what was asked, and
+        whether there is more.
 
         With `after` the entries with a higher serial, oldest first; else newest first.
         """
         wanted = (
-            sa.select(feed.serial, tables.responses)
+            sa.select(feed.serial, *BRIEF, table.output)
             .join(tables.responses, table.id == feed.response)
             .where(feed.stream.is_(None) if stream is None else feed.stream == stream, alive())
             .order_by(feed.serial if after is not None else feed.serial.desc())
@@ -98,5 +105,5 @@ def alive() -> sa.ColumnElement[bool]:
 
 
 def read(row: Any) -> ResponseRecord:
-    values = {name: row._mapping[name] for name in table.keys()}
+    values = {name: row._mapping[name] for name in table.keys() if name in row._mapping}
     return ResponseRecord(**values | {"state": ResponseState(row.state)})

@@ -9,7 +9,7 @@ with its end.
 """
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,10 +20,13 @@ from llm_engine.responses import ResponseEnd, ResponseRecord
 from llm_engine.statuses import ResponseState, StreamState
 from llm_engine.store import conversations, idempotency, tables
 from llm_engine.store.database import Lock
-from llm_engine.store.followed import Followed, alive, feed, log, read, table
+from llm_engine.store.followed import BRIEF, Followed, alive, feed, log, read, table
 from llm_engine.store.idempotency import Once
 
 ROUTE = "responses"  # of the idempotency keys that make them
+#: What a response goes on from is kept for longer by this share of its life: not each turn shall
+#: write all that came before it.
+KEPT_LONGER = 0.01
 _OPEN = (ResponseState.QUEUED, ResponseState.IN_PROGRESS)
 
 
@@ -41,7 +44,7 @@ class Responses(Followed):
         in the feed, and its conversation, at once. Raises Overloaded where its owner has `max_open`
         that have not ended, Conflict where `once` was something else or its stream is not open."""
         ended = record.state.is_final
-        with self._database.writing(alone=Lock.FEED if ended else None) as connection:
+        with self._database.writing() as connection:
             if once is not None:
                 first = idempotency.claim(connection, once, record.id)
                 if first != record.id:
@@ -57,7 +60,7 @@ class Responses(Followed):
             if record.previous is not None:
                 _keep_chain(connection, record)
             if ended:
-                _publish(connection, record)
+                self._publish(connection, record)
         return record
 
     def get(self, response: str) -> ResponseRecord:
@@ -85,8 +88,9 @@ class Responses(Followed):
         after: str | None = None,
         stream: str | None = None,
     ) -> tuple[list[ResponseRecord], bool]:
-        """Newest first, and whether there are more. `owner` None: of all."""
-        wanted = sa.select(tables.responses).where(alive())
+        """Newest first, without what was asked and answered, and whether there are more. `owner`
+        None: of all."""
+        wanted = sa.select(*BRIEF).where(alive())
         wanted = wanted.order_by(table.id.desc()).limit(limit + 1)
         if owner is not None:
             wanted = wanted.where(table.owner == owner)
@@ -101,13 +105,25 @@ class Responses(Followed):
     def ask_cancel(self, response: str) -> ResponseRecord:
         """As it is after that: cancelled where nobody works on it; where somebody does, they see
         `cancel_asked`. One that has ended stays as it is. Raises NotFound."""
-        with self._database.writing(alone=Lock.FEED) as connection:
+        with self._database.writing() as connection:
             found = _one(connection, response, lock=True)
             if found.state.is_final:
                 return found
             if found.worker is not None and found.lease_until > time.time():
                 return _change(connection, found, cancel_asked=True)
-            return _end(connection, found, ResponseEnd(ResponseState.CANCELLED))
+            return self._end(connection, found, ResponseEnd(ResponseState.CANCELLED))
+
+    def cancel_waiting(self, stream: str, limit: int) -> int:
+        """Some of a stream that nobody has begun; how many."""
+        waiting = sa.select(tables.responses).where(
+            table.stream == stream, table.state == ResponseState.QUEUED
+        )
+        waiting = waiting.order_by(table.id).limit(limit).with_for_update()
+        with self._database.writing() as connection:
+            rows = connection.execute(waiting).all()
+            for row in rows:
+                self._end(connection, read(row), ResponseEnd(ResponseState.CANCELLED))
+        return len(rows)
 
     def delete(self, response: str) -> ResponseRecord:
         """Whoever works on it finds its lease lost. Raises NotFound."""
@@ -119,21 +135,29 @@ class Responses(Followed):
 
     # -- what a gateway does that works on them
 
-    def any_waiting(self) -> bool:
+    def any_waiting(self, without: Sequence[str] = ()) -> bool:
         """Whether `claim` would find one."""
-        wanted = sa.select(table.id).where(_claimable()).limit(1)
+        wanted = sa.select(table.id).where(_claimable(), table.model.not_in(without)).limit(1)
         with self._database.reading() as connection:
             return connection.execute(wanted).one_or_none() is not None
 
     def claim(
-        self, worker: str, lease_s: float, limit: int, abandoned: bool = True
+        self,
+        worker: str,
+        lease_s: float,
+        limit: int,
+        *,
+        abandoned: bool = True,
+        model: str | None = None,
+        without: Sequence[str] = (),
     ) -> list[ResponseRecord]:
         """Become the worker of those that wait, the oldest first; dead gateways', too, if
-        `abandoned`."""
+        `abandoned`. Only those of `model`, or none of the models `without`."""
         now = time.time()
         with self._database.writing() as connection:
             free = _claimable() if abandoned else table.state == ResponseState.QUEUED
-            picked = sa.select(table.id).where(free).order_by(table.id).limit(limit)
+            mine = table.model.not_in(without) if model is None else table.model == model
+            picked = sa.select(table.id).where(free, mine).order_by(table.id).limit(limit)
             ids = list(connection.execute(picked.with_for_update(skip_locked=True)).scalars())
             if not ids:
                 return []
@@ -184,12 +208,19 @@ class Responses(Followed):
                 .values(worker=None, lease_until=0.0)
             )
 
+    def put_back(self, worker: str, response: str) -> None:
+        """Its model is away: it waits again, and that it was tried does not count."""
+        self._release(table.id == response, table.worker == worker)
+
     def release(self, worker: str) -> None:
         """It stops: others may claim what it has. Nobody is to blame, so it counts as no start."""
+        self._release(table.worker == worker)
+
+    def _release(self, *which: sa.ColumnElement[bool]) -> None:
         with self._database.writing() as connection:
             connection.execute(
                 tables.responses.update()
-                .where(table.worker == worker, table.state == ResponseState.IN_PROGRESS)
+                .where(*which, table.state == ResponseState.IN_PROGRESS)
                 .values(
                     worker=None,
                     lease_until=0.0,
@@ -202,28 +233,45 @@ class Responses(Followed):
         """As its worker: more events for its log, in JSON. `record` as it was before them: what
         another try has written already is not written again. Raises LeaseLost."""
         with self._database.writing() as connection:
-            wanted = sa.select(table.worker, table.state, table.told).where(table.id == record.id)
-            row = connection.execute(wanted.with_for_update()).one_or_none()
-            if row is None or row.worker != record.worker or ResponseState(row.state).is_final:
-                raise _lost(record)
-            found = replace(record, told=row.told)
-            events = events[row.told - record.told :]
+            found = replace(record, told=_told(connection, record))
+            events = events[found.told - record.told :]
             if not events:
                 return found
             _log(connection, found, events)
-            return _change(connection, found, told=row.told + len(events))
+            return _change(connection, found, told=found.told + len(events))
 
     def end(
         self, record: ResponseRecord, end: ResponseEnd, events: list[bytes] | None = None
     ) -> ResponseRecord:
         """As its worker: it is over, and these were its last events. Raises LeaseLost."""
-        with self._database.writing(alone=Lock.FEED) as connection:
-            found = _held(connection, record)
+        with self._database.writing() as connection:
+            found = replace(record, told=_told(connection, record))
             events = (events or [])[found.told - record.told :]
             if events:
                 _log(connection, found, events)
                 found = replace(found, told=found.told + len(events))
-            return _end(connection, found, end)
+            return self._end(connection, found, end)
+
+    def _end(
+        self, connection: sa.Connection, found: ResponseRecord, end: ResponseEnd
+    ) -> ResponseRecord:
+        ended = _change(
+            connection, found, **end.of(found), told=found.told, ended_at=time.time(),
+            worker=None, lease_until=0.0,
+        )  # fmt: skip
+        self._publish(connection, ended)
+        return ended
+
+    def _publish(self, connection: sa.Connection, ended: ResponseRecord) -> None:
+        """It has ended: its conversation goes on with it, and the feed tells it."""
+        good = ended.state in (ResponseState.COMPLETED, ResponseState.INCOMPLETE)
+        if ended.conversation is not None and good:
+            conversations.append(connection, ended.conversation, [*ended.input, *ended.output])
+        # Entries come in the order of their serials. Last, since all who end one wait here.
+        self._database.alone(connection, Lock.FEED)
+        connection.execute(
+            tables.feed.insert().values(owner=ended.owner, stream=ended.stream, response=ended.id)
+        )
 
     # -- cleaning up
 
@@ -239,17 +287,6 @@ class Responses(Followed):
 
 def no_response(response: str) -> NotFound:
     return NotFound(f"Response with id '{response[:100]}' not found.", param="response_id")
-
-
-def cancel_waiting(connection: sa.Connection, stream: str, limit: int) -> int:
-    """Some of a stream that nobody has begun; how many. Under Lock.FEED."""
-    waiting = sa.select(tables.responses).where(
-        table.stream == stream, table.state == ResponseState.QUEUED
-    )
-    rows = connection.execute(waiting.order_by(table.id).limit(limit).with_for_update()).all()
-    for row in rows:
-        _end(connection, read(row), ResponseEnd(ResponseState.CANCELLED))
-    return len(rows)
 
 
 def _claimable() -> sa.ColumnElement[bool]:
@@ -271,41 +308,18 @@ def _one(connection: sa.Connection, response: str, lock: bool = False) -> Respon
     return read(row)
 
 
-def _held(connection: sa.Connection, record: ResponseRecord) -> ResponseRecord:
-    wanted = sa.select(tables.responses).where(table.id == record.id).with_for_update()
-    row = connection.execute(wanted).one_or_none()
-    found = None if row is None else read(row)
-    if found is None or found.worker != record.worker or found.state.is_final:
-        raise _lost(record)
-    return found
-
-
-def _lost(record: ResponseRecord) -> LeaseLost:
-    return LeaseLost(f"another gateway works on {record.id}, or it has ended")
+def _told(connection: sa.Connection, record: ResponseRecord) -> int:
+    """How many events are in its log, for its worker alone. Raises LeaseLost."""
+    wanted = sa.select(table.worker, table.state, table.told).where(table.id == record.id)
+    row = connection.execute(wanted.with_for_update()).one_or_none()
+    if row is None or row.worker != record.worker or ResponseState(row.state).is_final:
+        raise LeaseLost(f"another gateway works on {record.id}, or it has ended")
+    return row.told
 
 
 def _change(connection: sa.Connection, found: ResponseRecord, **values: Any) -> ResponseRecord:
     connection.execute(tables.responses.update().where(table.id == found.id).values(values))
     return replace(found, **values)
-
-
-def _end(connection: sa.Connection, found: ResponseRecord, end: ResponseEnd) -> ResponseRecord:
-    ended = _change(
-        connection, found, **end.of(found), told=found.told, ended_at=time.time(),
-        worker=None, lease_until=0.0,
-    )  # fmt: skip
-    _publish(connection, ended)
-    return ended
-
-
-def _publish(connection: sa.Connection, ended: ResponseRecord) -> None:
-    """It has ended: the feed tells it, and its conversation goes on with it."""
-    connection.execute(
-        tables.feed.insert().values(owner=ended.owner, stream=ended.stream, response=ended.id)
-    )
-    good = ended.state in (ResponseState.COMPLETED, ResponseState.INCOMPLETE)
-    if ended.conversation is not None and good:
-        conversations.append(connection, ended.conversation, [*ended.input, *ended.output])
 
 
 def _log(connection: sa.Connection, found: ResponseRecord, events: list[bytes]) -> None:
@@ -323,10 +337,11 @@ def _keep_chain(connection: sa.Connection, record: ResponseRecord) -> None:
     """What it goes on from lives as long as itself."""
     assert record.previous is not None
     ids = _ancestors(connection, record.previous, longest=10_000)
+    longer = KEPT_LONGER * (record.expires_at - record.created_at)
     connection.execute(
         tables.responses.update()
         .where(table.id.in_(ids), table.expires_at < record.expires_at)
-        .values(expires_at=record.expires_at)
+        .values(expires_at=record.expires_at + longer)
     )
 
 

@@ -39,7 +39,7 @@ class Store:
         self.adapters = Adapters(self.database)
         self.responses = Responses(self.database)
         self.conversations = Conversations(self.database)
-        self.streams = Streams(self.database)
+        self.streams = Streams(self.database, self.responses)
         self.chats = Chats(self.database)
 
     @classmethod

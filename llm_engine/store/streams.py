@@ -9,9 +9,10 @@ import sqlalchemy as sa
 from llm_engine.errors import Conflict, NotFound
 from llm_engine.responses import FeedEntry, Stream, StreamCounts
 from llm_engine.statuses import ResponseState, StreamState
-from llm_engine.store import responses, tables
-from llm_engine.store.database import Database, Lock
-from llm_engine.store.followed import read
+from llm_engine.store import tables
+from llm_engine.store.database import Database
+from llm_engine.store.followed import BRIEF, read
+from llm_engine.store.responses import Responses
 
 table = tables.streams.c
 TOGETHER = 200  # responses that are cancelled in one transaction
@@ -26,8 +27,9 @@ _COUNTED = {
 
 
 class Streams:
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, responses: Responses) -> None:
         self._database = database
+        self._responses = responses
 
     def add(self, record: Stream, most: int) -> None:
         """Raises Conflict where its owner has `most` that are not archived."""
@@ -62,9 +64,8 @@ class Streams:
         closed = self._close(stream, state)
         while closed.state is StreamState.CANCELLED:
             # A few at a time: whoever ends a response waits for this.
-            with self._database.writing(alone=Lock.FEED) as connection:
-                if not responses.cancel_waiting(connection, stream, TOGETHER):
-                    break
+            if not self._responses.cancel_waiting(stream, TOGETHER):
+                break
         return closed
 
     def _close(self, stream: str, state: StreamState) -> Stream:
@@ -97,7 +98,7 @@ class Streams:
             .group_by(rows.state)
         )
         last = (
-            sa.select(tables.feed.c.serial, tables.responses)
+            sa.select(tables.feed.c.serial, *BRIEF)
             .join(tables.responses, rows.id == tables.feed.c.response)
             .where(tables.feed.c.stream == stream, rows.state == ResponseState.COMPLETED)
             .order_by(tables.feed.c.serial.desc())

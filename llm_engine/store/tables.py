@@ -314,7 +314,9 @@ responses = Table(
     Column("cancel_asked", Boolean, nullable=False),
     Column("told", Integer, nullable=False),  # events that are in its log
     Index(None, "owner", "id"),
+    Index(None, "owner", "state"),
     Index(None, "state", "id"),
+    Index(None, "stream", "id"),
     Index(None, "stream", "state"),
     Index(None, "worker", "state"),
 )

@@ -38,7 +38,7 @@ def upstream():
 @pytest.fixture(scope="module")
 def gateway(upstream):
     endpoints = [fake_endpoint("fake"), fake_endpoint("vectors", task="embed")]
-    with gateway_with_registry(endpoints, api_keys=[KEY], request_timeout_s=0.5) as running:
+    with gateway_with_registry(endpoints, api_keys=[KEY], request_timeout_s=2) as running:
         register(running, "ext", KEY, url=upstream.url, model="theirs")
         register(running, "alias", KEY, model="fake")
         register(running, "alias-vectors", KEY, model="vectors")
@@ -171,8 +171,8 @@ def test_a_fallback_that_its_owner_may_not_see_is_not_used(gateway, upstream):
 
 def test_an_endpoint_that_is_full_or_gone_falls_back_too():
     full = fake_endpoint("full", max_queue=1, vllm_args={"token_delay_s": 0.05})
-    slow = fake_endpoint("slow", vllm_args={"token_delay_s": 1})
-    limits = {"request_timeout_s": 0.8}
+    slow = fake_endpoint("slow", vllm_args={"token_delay_s": 2.5})
+    limits = {"request_timeout_s": 2}
     with GatewayThread([full, slow, fake_endpoint("spare")], **limits) as gateway:
         change_endpoint(gateway, "full", fallback="spare")
         change_endpoint(gateway, "slow", fallback="spare")

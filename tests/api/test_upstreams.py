@@ -42,9 +42,17 @@ def upstream():
 
 @pytest.fixture(scope="module")
 def gateway(upstream):
+    with gateway_with_registry([], api_keys=[KEY]) as running:
+        register(running, "ext", KEY, url=upstream.url, model="theirs", default_key=THEIR_KEY)
+        yield running
+
+
+@pytest.fixture(scope="module")
+def hasty(upstream):
+    """A gateway that waits for nobody: only for upstreams that never answer."""
     timeouts = {"request_timeout_s": 0.5, "idle_timeout_s": 0.4}
     with gateway_with_registry([], api_keys=[KEY], **timeouts) as running:
-        register(running, "ext", KEY, url=upstream.url, model="theirs", default_key=THEIR_KEY)
+        register(running, "ext", KEY, url=upstream.url, model="theirs")
         yield running
 
 
@@ -162,21 +170,26 @@ def test_tokens_are_counted_as_the_upstream_tells_them(gateway, upstream):
         (saying(b'{"choices":[{"index":0}]}'), 502, "upstream_failed", "no answer"),
         (saying(b'{"error":{"message":"too much","code":429}}'), 429, None, "too much"),
         (streaming(then="cut"), 502, "upstream_failed", "cannot be reached"),
-        (silent, 504, "timeout", "0.5 s (gateway.request_timeout_s)"),
-        (dripping(b" ", 0.1, "application/json"), 504, "timeout", "0.5 s"),
     ],
 )  # fmt: skip
 def test_a_failure_of_the_upstream_is_told_as_what_it_is(
     gateway, upstream, behave, status, code, word
 ):
     upstream.behave = behave
-    began = time.monotonic()
     answer = chat(gateway)
     error = answer.json()["error"]
     assert answer.status_code == status, error
     assert code is None or error["code"] == code
     assert word in error["message"]
-    assert time.monotonic() - began < 1.2
+    assert len(upstream.asked) == 1, "it was asked again"
+
+
+@pytest.mark.parametrize("behave", [silent, dripping(b" ", 0.1, "application/json")])
+def test_an_upstream_that_does_not_come_to_an_end_is_504(hasty, upstream, behave):
+    upstream.behave = behave
+    answer = chat(hasty)
+    assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
+    assert "0.5 s (gateway.request_timeout_s)" in answer.json()["error"]["message"]
     assert len(upstream.asked) == 1, "it was asked again"
 
 
@@ -189,8 +202,6 @@ def test_a_failure_of_the_upstream_is_told_as_what_it_is(
         (streaming(b'{ "error": {"message": "bad", "code": 400}}'), 400, "bad"),
         (streaming(b'{"id":"1","error":{"message":"down"},"choices":[]}'), 502, "down"),
         (streaming(then="cut"), 502, "cannot be reached"),
-        (streaming(then="silent"), 504, "0.5 s"),
-        (dripping(b": still thinking\n\n", 0.02), 504, "0.5 s"),
     ],
 )
 def test_before_the_first_event_a_stream_fails_with_a_status(
@@ -202,13 +213,21 @@ def test_before_the_first_event_a_stream_fails_with_a_status(
 
 
 @pytest.mark.parametrize(
+    "behave", [streaming(then="silent"), dripping(b": still thinking\n\n", 0.02)]
+)
+def test_a_stream_without_a_first_event_is_504(hasty, upstream, behave):
+    upstream.behave = behave
+    answer = chat(hasty, stream=True)
+    assert answer.status_code == 504 and "0.5 s" in answer.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
     ("behave", "word"),
     [
         (streaming(EVENTS[0], then="cut"), "broke off"),
         (streaming(EVENTS[0], then="end"), "too early"),
         (streaming(EVENTS[0], b"<html>"), "OpenAI's form"),
         (streaming(EVENTS[0], b'{"error": {"message": "fell over"}}'), "fell over"),
-        (streaming(EVENTS[0], then="silent"), "silent"),
     ],
 )
 def test_after_the_first_event_a_stream_ends_with_an_error_event(gateway, upstream, behave, word):
@@ -219,16 +238,18 @@ def test_after_the_first_event_a_stream_ends_with_an_error_event(gateway, upstre
     assert b"[DONE]" not in answer.content
 
 
-def test_a_drip_that_never_makes_an_event_ends_the_stream(gateway, upstream):
-    async def behave(asked, send):
-        await streaming(EVENTS[0], then="no")(asked, drop_end(send))
-        await dripping(b": hm\n", 0.02)(asked, only_body(send))
+async def drip_after_an_event(asked, send):
+    await streaming(EVENTS[0], then="no")(asked, drop_end(send))
+    await dripping(b": hm\n", 0.02)(asked, only_body(send))
 
+
+@pytest.mark.parametrize("behave", [streaming(EVENTS[0], then="silent"), drip_after_an_event])
+def test_a_stream_that_makes_no_further_event_is_ended(hasty, upstream, behave):
     upstream.behave = behave
     began = time.monotonic()
-    answer = chat(gateway, stream=True)
+    answer = chat(hasty, stream=True)
     assert "silent" in last_event(answer)["error"]["message"]
-    assert 0.3 < time.monotonic() - began < 1
+    assert time.monotonic() - began > 0.3
 
 
 def drop_end(send):
@@ -303,15 +324,15 @@ def test_a_client_that_hangs_up_closes_the_upstreams_connection_at_once(gateway,
     upstream.behave = streaming(*EVENTS[:events], then="silent") if events else silent
     before = metric(gateway, "client_disconnects_total", model="ext")
     connection = keyed_stream(gateway, {"model": "ext", "messages": QUESTION, "stream": events > 0})
-    eventually(lambda: upstream.asked, 2, 0.01)
+    eventually(lambda: upstream.asked, 10, 0.01)
     if events:
         connection.recv(100)
     time.sleep(0.05)
     assert not upstream.hung_up.is_set()
     connection.close()
-    assert upstream.hung_up.wait(0.4), "the upstream goes on for nobody"
+    assert upstream.hung_up.wait(5), "the upstream goes on for nobody"
     eventually(
-        lambda: metric(gateway, "client_disconnects_total", model="ext") == before + 1, 1, 0.01
+        lambda: metric(gateway, "client_disconnects_total", model="ext") == before + 1, 5, 0.01
     )
     assert metric(gateway, "requests_in_flight", model="ext") == 0
 

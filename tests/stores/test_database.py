@@ -209,7 +209,7 @@ def test_readers_do_not_wait_for_a_writer(store, other):
         connection.execute(tables.endpoints.update().values(reason="not yet"))
         began = time.monotonic()
         (seen,) = race(lambda: other.endpoints.get("m"))
-        assert time.monotonic() - began < 1
+        assert time.monotonic() - began < database.BUSY_TIMEOUT_MS / 1000
     assert seen == record
     assert other.endpoints.get("m").reason == "not yet"
 
@@ -479,6 +479,6 @@ def test_a_file_that_another_process_writes_for_too_long_is_unavailable(sqlite_u
             began = time.monotonic()
             with pytest.raises(StoreUnavailable):
                 store.endpoints.ask_delete("m")
-            assert 0.5 <= time.monotonic() - began < 2
+            assert 0.5 <= time.monotonic() - began < 10
         assert store.endpoints.get("m") == record
         store.endpoints.ask_delete("m")

@@ -189,6 +189,27 @@ def test_a_gateway_that_stops_gives_back_what_it_has(store: Store):
     assert (again.id, again.starts) == (made.id, 1)
 
 
+def test_one_whose_model_is_away_waits_again_and_its_start_does_not_count(store: Store):
+    made, other = add(store), add(store)
+    store.responses.claim("w1", LEASE_S, 9)
+    store.responses.put_back("w2", made.id)
+    assert not store.responses.any_waiting()
+    store.responses.put_back("w1", made.id)
+    (again,) = store.responses.claim("w2", LEASE_S, 9)
+    assert (again.id, again.starts) == (made.id, 1)
+    assert store.responses.held("w1") == {other.id: False}
+
+
+def test_claimed_by_its_model(store: Store):
+    of = {model: [add(store, model=model).id for _ in range(3)] for model in ("a", "b", "c")}
+    others = store.responses.claim("w1", LEASE_S, 9, without=["a", "b"])
+    assert [each.id for each in others] == of["c"]
+    assert not store.responses.any_waiting(["a", "b"]) and store.responses.any_waiting(["a"])
+    (one,) = store.responses.claim("w1", LEASE_S, 1, model="b")
+    assert one.id == of["b"][0]
+    assert len(store.responses.claim("w1", LEASE_S, 9)) == 5
+
+
 def test_one_that_answers_while_its_client_waits_is_nobodys_to_claim(store: Store):
     add(store, state=_S.IN_PROGRESS, background=False)
     assert not store.responses.any_waiting()

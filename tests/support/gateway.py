@@ -10,7 +10,7 @@ from typing import Any, Self
 import httpx
 import uvicorn
 
-from llm_engine.api.app import build_app
+from llm_engine.api.app import Gateway, build_app
 from llm_engine.config import EndpointSettings, parse
 from llm_engine.endpoints import generation
 from llm_engine.engine.adapters import AdapterSource
@@ -46,6 +46,7 @@ class GatewayThread:
         )
         self.engines: dict[str, list[EngineProcess]] = {}
         self.services: Services | None = None
+        self.app: Gateway | None = None
         self.url = ""
         self._ready = threading.Event()
         self._failure: BaseException | None = None
@@ -91,8 +92,9 @@ class GatewayThread:
             store = Store.open(self.settings.store_url)
             self.services = Services(self.settings, Balancer(), store, nudge=self.refresh)
             self.services.update(await self._start_engines(), store.directory())
+            self.app = build_app(self.services)
             server = uvicorn.Server(
-                uvicorn.Config(build_app(self.services), port=0, lifespan="on", log_level="warning")
+                uvicorn.Config(self.app, port=0, lifespan="on", log_level="warning")
             )
             server.install_signal_handlers = lambda: None
             serving = asyncio.create_task(server.serve())

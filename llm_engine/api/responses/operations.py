@@ -19,7 +19,7 @@ from llm_engine.api.responses.engine import engine_request
 from llm_engine.api.responses.tail import Tail
 from llm_engine.api.responses.turn import Turn, ended
 from llm_engine.api.responses.worker import Worker
-from llm_engine.errors import APIError, TookTooLong
+from llm_engine.errors import APIError, NotFound, TookTooLong
 from llm_engine.ids import new_id
 from llm_engine.records import Principal, Scope
 from llm_engine.responses import FeedEntry, Item, ResponseRecord
@@ -63,6 +63,10 @@ class Responses:
     async def start(self) -> None:
         """Take up what waits in the store."""
         self._worker.start()
+
+    def retire(self, within_s: float) -> None:
+        """This gateway is going to stop: others take up what waits."""
+        self._worker.retire(within_s)
 
     async def stop(self) -> None:
         """Give back what is not finished."""
@@ -216,7 +220,16 @@ class Responses:
         """Its events with a higher sequence number, in JSON, until the last one; an empty list
         now and then while there are none."""
         async for events in self._tail.follow(record.id, after):
+            after += len(events)
             yield events
+        # Where no gateway worked on it when it was cancelled, its log has no end.
+        with contextlib.suppress(NotFound):
+            record = await asyncio.to_thread(self._store.get, record.id)
+            if record.state is ResponseState.CANCELLED and after < record.told:
+                end = Turn(record).last(record)
+                newest = await asyncio.to_thread(self._store.events, record.id, record.told - 2)
+                if not newest or orjson.loads(newest[-1])["type"] != orjson.loads(end)["type"]:
+                    yield [end]
 
     # -- the feed
 

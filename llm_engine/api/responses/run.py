@@ -29,9 +29,16 @@ MOST_INTERRUPTED = 3
 _PASSES = frozenset({429, 502, 503, 504})
 
 
+class ModelAway(Exception):
+    """Nobody can answer now. No more was told than that it has begun: it may begin anew."""
+
+    def __init__(self, error: APIError) -> None:
+        super().__init__(str(error))
+
+
 class Run:
-    """`run` returns once it has ended. Raises LeaseLost, and StoreUnavailable where the store is
-    away for too long."""
+    """`run` returns once it has ended. Raises ModelAway, LeaseLost, and StoreUnavailable where the
+    store is away for too long."""
 
     def __init__(
         self, services: Services, dispatcher: Dispatcher, tail: Tail, record: ResponseRecord
@@ -77,7 +84,7 @@ class Run:
                 if error.status not in _PASSES or late or self._turn.told_output:
                     self._turn.fail(error)
                     break
-                logger.info("%s waits: %s", self._record.id, error)
+                raise ModelAway(error) from None
             await asyncio.sleep(backoff(tries))
             tries += 1
         await self._end(self._turn.close())

@@ -13,6 +13,8 @@ logger = logging.getLogger("llm_engine.api")
 
 #: Between two looks while somebody waits for a response, or for the feed only.
 SOON_S, LATER_S = 0.1, 0.25
+#: And between two of any: however much there is to tell.
+LEAST_S = 0.02
 #: After so long without events a reader gets an empty list, to write a sign of life.
 QUIET_S = 15.0
 #: Readers ask again and again: between them it goes on looking for so long.
@@ -33,7 +35,7 @@ class Tail:
         self._feed: dict[Future, tuple[str | None, str | None]] = {}
         self._hurry = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
-        self.serial = 0  # of the feed, as last seen
+        self.serial: int | None = None  # of the feed, as last seen
 
     def poke(self) -> None:
         """Something has changed here: look now."""
@@ -53,9 +55,9 @@ class Tail:
         finally:
             mine.pop(future, None)
 
-    async def news(self, owner: str | None, stream: str | None, serial: int) -> None:
+    async def news(self, owner: str | None, stream: str | None, serial: int | None) -> None:
         """Until the feed may have more of that than when `self.serial` was `serial`."""
-        if self.serial > serial:
+        if self.serial != serial:
             return
         future = self._begin()
         self._feed[future] = (owner, stream)
@@ -98,8 +100,12 @@ class Tail:
             self._hurry.clear()
             try:
                 await self._look_once()
+                await asyncio.sleep(LEAST_S)
             except StoreUnavailable as error:
                 logger.warning("events are late: %s", error)
+                await asyncio.sleep(1)
+            except Exception:
+                logger.exception("looking for events failed; trying again")
                 await asyncio.sleep(1)
             if any(self._waiting.values()) or self._feed:
                 idle_since = None
@@ -117,10 +123,12 @@ class Tail:
                     if now is None or now[1] or now != before:
                         _wake(future)
         if self._feed:
+            first = self.serial is None
             last, news = await asyncio.to_thread(self._store.responses.news, self.serial)
-            self.serial = max(self.serial, last)
+            self.serial = max(self.serial or 0, last)
             for future, (owner, stream) in self._feed.items():
-                if (owner, stream) in news or (owner is None and any(n[1] == stream for n in news)):
+                mine = (owner, stream) in news
+                if first or mine or (owner is None and any(n[1] == stream for n in news)):
                     _wake(future)
 
 

@@ -1,7 +1,8 @@
 """Works on what is in the background: as many at a time as the settings let one gateway.
 
 What it has claimed is its own until its lease ends. It looks at what it has twice a second: what
-shall be cancelled, and what is no longer its own.
+shall be cancelled, and what is no longer its own. Of a model that is away one response at a time
+tries whether it is back, so that the others' are not kept waiting.
 """
 
 import asyncio
@@ -12,11 +13,14 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from llm_engine.api.dispatch import Dispatcher
-from llm_engine.api.responses.run import Run
+from llm_engine.api.responses.run import ModelAway, Run
 from llm_engine.api.responses.tail import Tail
 from llm_engine.errors import APIError, LeaseLost, StoreUnavailable
+from llm_engine.patience import backoff
 from llm_engine.responses import ResponseRecord
 from llm_engine.services import Services
 
@@ -26,6 +30,14 @@ logger = logging.getLogger("llm_engine.api")
 BUSY_S, QUIET_S = 0.5, 2.0
 BEATS_A_LEASE = 4
 STOPPING_S = 5.0
+
+
+@dataclass
+class Absence:
+    """Of a model."""
+
+    tries: int = 0
+    until: float = 0.0  # the next one
 
 
 class Worker:
@@ -38,26 +50,49 @@ class Worker:
         self._limits = services.settings.responses
         self._runs: dict[str, asyncio.Task[None]] = {}
         self._cancelled: set[str] = set()
+        self._absent: dict[str, Absence] = {}  # models
+        self._asked: dict[str, str] = {}  # the models of the runs
         self._beaten_at = 0.0
         self._away_at = -math.inf  # when the store did not answer last
         self._hurry = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._retiring: asyncio.Task[None] | None = None
+        self._stopping = False
 
     def start(self) -> None:
         if self._task is None:
             self._task = asyncio.create_task(self._work())
+
+    def retire(self, within_s: float) -> None:
+        """Nothing more is claimed; what runs has so long to end, and then others go on with it."""
+        if self._retiring is None:
+            self._retiring = asyncio.create_task(self._retire(within_s))
+
+    async def _retire(self, within_s: float) -> None:
+        ends = time.monotonic() + within_s
+        await asyncio.sleep(BUSY_S)  # what is being claimed begins yet
+        while self._runs and time.monotonic() < ends:
+            await asyncio.sleep(BUSY_S)
+        await self._stop()
 
     def hurry(self) -> None:
         """There is something new, or something that shall not go on."""
         self._hurry.set()
 
     async def stop(self) -> None:
-        """Others may go on with what it has."""
+        """Others may go on with what it has; at once, but where it retires."""
+        await (self._retiring or self._stop())
+
+    async def _stop(self) -> None:
         if self._task is None:
             return
-        for task in (self._task, *self._runs.values()):
+        self._stopping = True
+        self._hurry.set()
+        # What is being claimed must be known, to be given back.
+        await asyncio.wait([self._task], timeout=STOPPING_S)
+        for task in (tasks := [self._task, *self._runs.values()]):
             task.cancel()
-        await asyncio.wait([self._task, *self._runs.values()], timeout=STOPPING_S)
+        await asyncio.wait(tasks, timeout=STOPPING_S)
         self._task = None
         try:
             await asyncio.to_thread(self._store.release, self.name)
@@ -65,7 +100,7 @@ class Worker:
             logger.warning("what this gateway worked on waits for its lease to end: %s", error)
 
     async def _work(self) -> None:
-        while True:
+        while not self._stopping:
             with contextlib.suppress(TimeoutError):
                 pause = BUSY_S if self._runs else QUIET_S
                 await asyncio.wait_for(self._hurry.wait(), pause)
@@ -88,15 +123,36 @@ class Worker:
                 await asyncio.to_thread(self._store.beat, self.name, self._limits.lease_s, mine)
                 self._beaten_at = now
         await self._heed()
+        if self._retiring is not None or self._stopping:
+            return
         room = self._limits.max_running - len(self._runs)
-        if room > 0 and await asyncio.to_thread(self._store.any_waiting):
-            # After an outage of the store those whose gateways live must have the time to say so.
-            abandoned = time.monotonic() - self._away_at > self._limits.lease_s
-            claimed = await asyncio.to_thread(
-                self._store.claim, self.name, self._limits.lease_s, room, abandoned
-            )
-            for record in claimed:
-                self._begin(record)
+        if room > 0 and await asyncio.to_thread(self._store.any_waiting, list(self._absent)):
+            await self._claim(room, without=list(self._absent))
+        asked = set(self._asked.values())
+        for model, absence in list(self._absent.items()):
+            room = self._limits.max_running - len(self._runs)
+            if room > 0 and model not in asked and time.monotonic() >= absence.until:
+                if not await self._claim(1, model=model):
+                    self._absent.pop(model, None)
+
+    async def _claim(
+        self, limit: int, model: str | None = None, without: Sequence[str] = ()
+    ) -> int:
+        """How many."""
+        # After an outage of the store those whose gateways live must have the time to say so.
+        abandoned = time.monotonic() - self._away_at > self._limits.lease_s
+        claimed = await asyncio.to_thread(
+            self._store.claim,
+            self.name,
+            self._limits.lease_s,
+            limit,
+            abandoned=abandoned,
+            model=model,
+            without=without,
+        )
+        for record in claimed:
+            self._begin(record)
+        return len(claimed)
 
     async def _heed(self) -> None:
         """What shall not go on, and what this gateway has claimed and does not work on: a run that
@@ -116,10 +172,12 @@ class Worker:
     def _begin(self, record: ResponseRecord) -> None:
         task = asyncio.create_task(self._run(record))
         self._runs[record.id] = task
+        self._asked[record.id] = record.model
         task.add_done_callback(lambda _: self._over(record.id))
 
     def _over(self, response: str) -> None:
         self._runs.pop(response, None)
+        self._asked.pop(response, None)
         self._cancelled.discard(response)
         self._hurry.set()  # there is room for another one
 
@@ -128,6 +186,11 @@ class Worker:
         try:
             try:
                 await run.run()
+                self._absent.pop(record.model, None)
+            except ModelAway as away:
+                logger.info("%s waits: %s", record.id, away)
+                self._note_absence(record.model)
+                await asyncio.to_thread(self._store.put_back, self.name, record.id)
             except asyncio.CancelledError:
                 if record.id not in self._cancelled:
                     raise
@@ -138,3 +201,10 @@ class Worker:
             logger.warning("%s is left for another gateway: %s", record.id, error)
         except Exception:
             logger.exception("%s is left for another gateway", record.id)
+
+    def _note_absence(self, model: str) -> None:
+        now = time.monotonic()
+        absence = self._absent.setdefault(model, Absence())
+        if now >= absence.until:  # not for each of those that ran together
+            absence.until = now + backoff(absence.tries)
+            absence.tries += 1

@@ -102,7 +102,9 @@ def upgrade() -> None:
     )
     op.create_index("ix_responses_expires_at", "responses", ["expires_at"])
     op.create_index("ix_responses_owner_id", "responses", ["owner", "id"])
+    op.create_index("ix_responses_owner_state", "responses", ["owner", "state"])
     op.create_index("ix_responses_state_id", "responses", ["state", "id"])
+    op.create_index("ix_responses_stream_id", "responses", ["stream", "id"])
     op.create_index("ix_responses_stream_state", "responses", ["stream", "state"])
     op.create_index("ix_responses_worker_state", "responses", ["worker", "state"])
     op.create_table(
