@@ -172,8 +172,8 @@ class Gateway:
         except APIError as error:
             await self._fail(call, error)
         except Exception:
+            logger.exception("request %s failed", call.request_id.decode("latin-1"))
             if not call.started_answer:
-                logger.exception("request %s failed", call.request_id.decode("latin-1"))
                 await self._fail(call, InternalError(SERVER_ERROR))
         finally:
             self._in_flight -= 1

@@ -57,6 +57,14 @@ _BROKE_OFF = (
 )
 
 
+def no_responses(model: str) -> InvalidRequest:
+    return InvalidRequest(
+        f"'{model}' is an external model: it answers at /v1/chat/completions.",
+        param="model",
+        code="invalid_value",
+    )
+
+
 class Upstreams:
     def __init__(self, services: Services) -> None:
         self._services = services
@@ -69,11 +77,7 @@ class Upstreams:
     ) -> None:
         """Answers the call, or raises APIError while nothing has been sent yet."""
         if request.kind is Kind.RESPONSES:
-            raise InvalidRequest(
-                f"'{shown}' is an external model: it answers at /v1/chat/completions.",
-                param="model",
-                code="invalid_value",
-            )
+            raise no_responses(shown)
         sent = rename(request, model.model or model.name, shown)
         key = self._safe.reveal(model.sealed_key) if model.sealed_key is not None else None
         exchange = _Exchange(replace(sent, shown=shown), form, shown, key)

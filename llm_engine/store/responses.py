@@ -278,11 +278,13 @@ class Responses(Followed):
     def sweep(self, now: float, limit: int = 500) -> int:
         """Forget some of those that have expired; how many. One that is still worked on stays."""
         ended = table.state.not_in(_OPEN)
-        wanted = sa.select(table.id).where(table.expires_at <= now, ended).limit(limit)
+        wanted = sa.select(table.id, table.owner).where(table.expires_at <= now, ended).limit(limit)
         with self._database.writing() as connection:
-            ids = list(connection.execute(wanted).scalars())
-            _remove(connection, ids)
-        return len(ids)
+            rows = connection.execute(wanted).all()
+            _remove(connection, [row.id for row in rows])
+            for row in rows:
+                idempotency.release(connection, row.owner, ROUTE, row.id)
+        return len(rows)
 
 
 def no_response(response: str) -> NotFound:

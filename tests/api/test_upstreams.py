@@ -365,6 +365,14 @@ def test_a_private_address_is_called_only_where_the_operator_allows_it(upstream)
     assert upstream.asked == []
 
 
+@pytest.mark.parametrize("background", [False, True])
+def test_an_external_model_has_no_responses(gateway, upstream, background):
+    with openai_of(gateway) as client, pytest.raises(openai.BadRequestError) as refused:
+        client.responses.create(model="ext", input="hi", background=background)
+    assert refused.value.param == "model" and "/v1/chat/completions" in refused.value.message
+    assert upstream.asked == []
+
+
 # -- limits
 
 

@@ -1,8 +1,10 @@
 """`serve deploy` against a running cluster of two nodes."""
 
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 import yaml
 
@@ -174,10 +176,11 @@ def test_deploying_the_gateway_anew_leaves_alone_what_clients_have_made(nodes: N
     nodes.deploy(settings(nodes, TWO))
     nodes.wait_ready("two")
     with nodes.client() as client:
-        made = client.post("/v1/endpoints", json={**ADDED, "name": "made", "num_cpus": 0.2})
-        assert made.status_code == 201
+        new = {**ADDED, "name": "made", "num_cpus": 0.2, "vllm_args": {"token_delay_s": 0.05}}
+        assert client.post("/v1/endpoints", json=new).status_code == 201
         nodes.wait_ready("two", "made")
         before = replicas(nodes)
+        response = begin_response(client, "made", tokens=600)
         changed = settings(nodes, TWO)
         changed["gateway"]["retry_after_s"] = 7  # another gateway: every part of it restarts
         nodes.deploy(changed)
@@ -193,8 +196,25 @@ def test_deploying_the_gateway_anew_leaves_alone_what_clients_have_made(nodes: N
         for application in ("llm-engine.two", "llm-engine.made"):
             name = f"{application}/EngineReplica"
             assert after[name] == before[name], "its engines were restarted"
+        # Half of it was told: nobody but the gateway that is being replaced can end it.
+        path = f"/v1/responses/{response}"
+        eventually(lambda: client.get(path).json()["status"] != "in_progress", 60, 0.5)
+        assert client.get(path).json()["status"] == "completed"
         eventually(lambda: client.delete("/v1/endpoints/made").is_success, 20, 0.5)
     nodes.wait_ready("two")
+
+
+def begin_response(client: httpx.Client, model: str, tokens: int) -> str:
+    """In the background, with events; once there are some words."""
+    body = {"model": model, "input": "hi", "background": True, "stream": True,
+            "max_output_tokens": tokens}  # fmt: skip
+    with client.stream("POST", "/v1/responses", json=body) as answer:
+        lines = (line for line in answer.iter_lines() if line.startswith("data: "))
+        first = json.loads(next(lines).removeprefix("data: "))
+        for line in lines:
+            if "output_text.delta" in line:
+                break
+    return first["response"]["id"]
 
 
 def test_serve_run_starts_the_same_configuration_and_without_keys_only_on_loopback(tmp_path):

@@ -81,6 +81,13 @@ def test_an_idempotency_key_makes_one(store: Store):
         store.responses.add(response(), once=once._replace(digest=b"2" * 32))
 
 
+def test_the_key_of_one_that_was_swept_makes_another(store: Store):
+    once = Once("ann", "responses", "k", b"1" * 32)
+    first = store.responses.add(response(expires_at=time.time() - 1, state=_S.COMPLETED), once=once)
+    store.responses.sweep(time.time())
+    assert store.responses.add(response(), once=once).id != first.id
+
+
 def test_the_open_ones_of_an_owner_are_limited(store: Store):
     store.responses.add(response(), max_open=1)
     with pytest.raises(Overloaded, match="max_open"):

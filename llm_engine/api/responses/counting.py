@@ -2,12 +2,13 @@
 
 from dataclasses import replace
 
-from llm_engine.api.dispatch import Dispatcher
+from llm_engine.api.dispatch import SERVED_BY, Dispatcher
 from llm_engine.api.requests import Kind
 from llm_engine.api.responses.asking import Whole, ask, stays
 from llm_engine.api.responses.context import context
 from llm_engine.api.responses.engine import engine_request
 from llm_engine.api.responses.operations import NewResponse
+from llm_engine.errors import Unavailable
 from llm_engine.ids import new_id
 from llm_engine.records import Principal
 from llm_engine.responses import ResponseRecord
@@ -30,5 +31,11 @@ async def count_tokens(
     )  # fmt: skip
     request = replace(engine_request(record, before, False), path=_RENDER)
     form = Whole()
-    await ask(dispatcher, who, request, form, stays)
+    call = await ask(dispatcher, who, request, form, stays)
+    if any(name == SERVED_BY for name, _ in call.fixed_headers):
+        raise Unavailable(
+            f"The model '{new.model}' cannot count now, and its fallback's tokens are others.",
+            param="model",
+            retry_after=services.settings.gateway.retry_after_s,
+        )
     return len(form.found["token_ids"])

@@ -19,6 +19,7 @@ from llm_engine.api.responses.engine import engine_request
 from llm_engine.api.responses.tail import Tail
 from llm_engine.api.responses.turn import Turn, ended
 from llm_engine.api.responses.worker import Worker
+from llm_engine.api.upstream import no_responses
 from llm_engine.errors import APIError, NotFound, TookTooLong
 from llm_engine.ids import new_id
 from llm_engine.records import Principal, Scope
@@ -79,7 +80,9 @@ class Responses:
         self, who: Principal, new: NewResponse, once: Once | None = None
     ) -> ResponseRecord:
         """In the background: in the store, and so it will be done. Raises APIError."""
-        await self._services.route(who, new.model, Kind.RESPONSES.task)
+        route = await self._services.route(who, new.model, Kind.RESPONSES.task)
+        if route.upstream is not None:
+            raise no_responses(new.model)
         before = await context(self._services, who, new.previous, new.conversation)
         record = self._record(who, new, before)
         engine_request(record, before, new.streamed)  # raises for what no engine can be asked
