@@ -45,6 +45,10 @@ def tell(event: str, **facts: Any) -> None:
     print(json.dumps({"event": event, **facts}), flush=True)
 
 
+class RayLost(StartupError):
+    """Ray has ended, or does not come up."""
+
+
 class LocalCluster:
     """One Ray head node with every port on loopback, as child processes."""
 
@@ -109,7 +113,7 @@ class LocalCluster:
         self._process = subprocess.Popen(
             command, env=environment, stdout=log, stderr=log, start_new_session=True
         )
-        self._wait_for_dashboard(environment, stop)
+        self._wait_for_dashboard(stop)
 
     def stop(self) -> None:
         """End Ray and all that ran on it; nothing of this instance is left."""
@@ -129,31 +133,35 @@ class LocalCluster:
         shutil.rmtree(socket_folder(self.folder), ignore_errors=True)
 
     def check_alive(self) -> None:
-        """Raises StartupError once Ray has ended by itself."""
+        """Raises RayLost once Ray has ended by itself."""
         if self._process is None or self._process.poll() is not None:
-            raise StartupError(f"Ray has ended: {self._last_words()}")
+            raise RayLost(f"Ray has ended: {self._last_words()}")
 
-    def _wait_for_dashboard(self, environment: dict[str, str], stop: threading.Event) -> None:
-        token = Path(environment["RAY_AUTH_TOKEN_PATH"]).read_text()
-        url = f"http://127.0.0.1:{self._cluster.dashboard_port}/api/version"
+    def check_answers(self) -> None:
+        """As `check_alive`, and where its control store is gone."""
+        self.check_alive()
+        if not self._dashboard_says_yes("/api/gcs_healthz"):
+            raise RayLost(f"Ray does not answer any more (see {self.folder / 'ray.log'}).")
 
+    def _wait_for_dashboard(self, stop: threading.Event) -> None:
         def up() -> bool:
             self.check_alive()
-            if stop.is_set():
-                return True
-            try:
-                answer = httpx.get(
-                    url, headers={"Authorization": f"Bearer {token}"}, trust_env=False
-                )
-            except httpx.HTTPError:
-                return False
-            return answer.status_code == 200
+            return stop.is_set() or self._dashboard_says_yes("/api/version")
 
         if not wait_until(up, RAY_START_TIMEOUT_S):
-            raise StartupError(
+            raise RayLost(
                 f"Ray's dashboard did not answer within {RAY_START_TIMEOUT_S} s. "
                 f"See {self.folder / 'ray.log'}."
             )
+
+    def _dashboard_says_yes(self, path: str) -> bool:
+        token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
+        url = f"http://127.0.0.1:{self._cluster.dashboard_port}{path}"
+        try:
+            answer = httpx.get(url, headers={"Authorization": f"Bearer {token}"}, trust_env=False)
+        except httpx.HTTPError:
+            return False
+        return answer.status_code == 200
 
     def _last_words(self) -> str:
         lines = (self.folder / "ray.log").read_text(errors="replace").strip().splitlines()
@@ -194,13 +202,20 @@ def deploy(settings: Settings, cluster: LocalCluster, stop: threading.Event) -> 
     assert process.stdin is not None
     with process.stdin as stdin:
         stdin.write(json.dumps(config.dump(settings, reveal=True)).encode() + b"\n")
-    ended = wait_until(lambda: process.poll() is not None or stop.is_set(), GATEWAY_TIMEOUT_S)
-    if stop.is_set() or not ended:
+
+    def over() -> bool:
+        cluster.check_alive()
+        return process.poll() is not None or stop.is_set()
+
+    try:
+        ended = wait_until(over, GATEWAY_TIMEOUT_S)
+    finally:
         process.kill()
         process.wait()
     if not ended:
         raise StartupError(f"the gateway did not answer within {GATEWAY_TIMEOUT_S} s (see {log})")
     if process.returncode != 0 and not stop.is_set():
+        cluster.check_answers()
         lines = log.read_text(errors="replace").strip().splitlines() or ["it said nothing"]
         raise StartupError(f"the gateway did not start: {lines[-1]} (see {log})")
 
@@ -240,15 +255,36 @@ def watch_endpoints(settings: Settings, cluster: LocalCluster, stop: threading.E
                 tell("settled", ready=[r["id"] for r in rows if r["status"] == "READY"])
 
 
-def run(settings: Settings, stop: threading.Event) -> None:
+def start(settings: Settings, stop: threading.Event) -> LocalCluster:
+    """Ray and the gateway. Nothing is left of them where it raises."""
     cluster = LocalCluster(settings)
     cluster.check_ports()  # before there is anything to clean up: it might be another's
+    dashboard = f"http://127.0.0.1:{settings.cluster.dashboard_port}"
     try:
         tell("step", name="Ray")
         cluster.start(stop)
-        dashboard = f"http://127.0.0.1:{settings.cluster.dashboard_port}"
         tell("step", name="gateway", dashboard=dashboard)
         deploy(settings, cluster, stop)
+    except BaseException:
+        cluster.stop()
+        raise
+    return cluster
+
+
+def start_patiently(settings: Settings, stop: threading.Event) -> LocalCluster:
+    """Once more where Ray was lost: it gives itself 30 s to come up, too few on a machine that is
+    busy, and its ports are known to be free only until it opens them."""
+    try:
+        return start(settings, stop)
+    except RayLost as error:
+        tell("again", reason=str(error))
+        return start(settings, stop)
+
+
+def run(settings: Settings, stop: threading.Event) -> None:
+    cluster = start_patiently(settings, stop)
+    dashboard = f"http://127.0.0.1:{settings.cluster.dashboard_port}"
+    try:
         if stop.is_set():
             return
         with gateway_client(settings) as client:

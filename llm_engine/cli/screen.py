@@ -88,6 +88,8 @@ class Screen:
                 self._step(event)
             case "endpoint":
                 self._endpoint(event["name"], event["status"], event["reason"] or "")
+            case "again":
+                self.note(f"{event['reason']} Starting Ray once more.", "yellow")
             case "settled":
                 self.settled = True
             case "failed":

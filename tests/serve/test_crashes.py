@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.cluster import Cluster, eventually, free_port
+from tests.support.cluster import START_TIMEOUT_S, Cluster, eventually, free_port
 from tests.support.postgres import Postgres
 
 pytestmark = pytest.mark.slow
@@ -257,10 +257,20 @@ def test_after_the_power_went_every_endpoint_is_back(cluster: Cluster, settings:
             eventually(lambda: client.get("/v1/endpoints/leaving").status_code == 404, 60, 0.2)
 
 
+def lose_ray(cluster: Cluster) -> None:
+    """While the gateway is being put on it: `up` begins once more."""
+    eventually(lambda: {"event": "step", "name": "Ray"} in cluster.events, 10)
+    eventually(lambda: any(each.get("name") == "gateway" for each in cluster.events), 90)
+    (head,) = [p for p in cluster.processes() if {"start", "--head"} <= set(p.cmdline())]
+    head.kill()
+    cluster.wait_for("again", 60)
+
+
 def test_a_rolling_update_under_load_fails_no_request(settings: dict[str, Any]):
     """5,000 and more, while the endpoint changes again and again."""
-    with Cluster(settings) as cluster:
-        cluster.wait_until("declared", "READY", 60)
+    with Cluster(settings, wait=False) as cluster:
+        lose_ray(cluster)
+        cluster.wait_for("settled", START_TIMEOUT_S)
         failures: list[Any] = []
         done = [0]
         stop = threading.Event()
