@@ -108,6 +108,7 @@ class LocalCluster:
             f"--object-store-memory={self._cluster.object_store_bytes}",
             f"--temp-dir={ray_folder(self.folder)}",
             "--disable-usage-stats",
+            "--log-color=false",  # it ends in a file
         ]  # fmt: skip
         log = (self.folder / "ray.log").open("wb")
         self._process = subprocess.Popen(

@@ -15,7 +15,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from llm_engine.errors import Conflict, LeaseLost, NotFound, Overloaded
+from llm_engine.errors import Conflict, InvalidRequest, LeaseLost, NotFound, Overloaded
 from llm_engine.responses import ResponseEnd, ResponseRecord
 from llm_engine.statuses import ResponseState, StreamState
 from llm_engine.store import conversations, idempotency, tables
@@ -68,12 +68,22 @@ class Responses(Followed):
         with self._database.reading() as connection:
             return _one(connection, response)
 
-    def chain(self, response: str, longest: int) -> list[ResponseRecord]:
+    def chain(self, response: str, longest: int, most_bytes: int) -> list[ResponseRecord]:
         """It and what it goes on from, the first one first; `longest` of them at most, and then
-        the first one shown still has a `previous`. The same where one was deleted."""
+        the first one shown still has a `previous`. The same where one was deleted. Raises NotFound,
+        and InvalidRequest where all their items are over `most_bytes` as JSON."""
+        items = (sa.func.length(sa.cast(each, sa.Text)) for each in (table.input, table.output))
         with self._database.reading() as connection:
             found = [_one(connection, response)]
             ids = _ancestors(connection, response, longest)[1:]
+            size = sa.select(sa.func.sum(sum(items))).where(table.id.in_([response, *ids]))
+            if connection.execute(size).scalar() > most_bytes:
+                raise InvalidRequest(
+                    f"What goes before this response is over {most_bytes} bytes "
+                    "(gateway.max_body_bytes). Begin anew, with what matters of it as 'input'.",
+                    param="previous_response_id",
+                    code="context_length_exceeded",
+                )
             rows = connection.execute(sa.select(tables.responses).where(table.id.in_(ids), alive()))
             by_id = {row.id: read(row) for row in rows}
         while found[-1].previous in by_id:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from llm_engine.errors import Conflict, LeaseLost, NotFound, Overloaded
+from llm_engine.errors import Conflict, InvalidRequest, LeaseLost, NotFound, Overloaded
 from llm_engine.ids import new_id
 from llm_engine.responses import Conversation, ResponseEnd, ResponseRecord, StoredChat, Stream
 from llm_engine.statuses import ResponseState, StreamState
@@ -16,6 +16,7 @@ from tests.stores.making import codes, message, race, race_of, response
 
 _S = ResponseState
 LEASE_S = 30.0
+MANY = 10**6  # bytes
 DONE = ResponseEnd(
     _S.COMPLETED,
     output=[message("hi", "assistant")],
@@ -125,22 +126,33 @@ def chain(store: Store, length: int, **facts: Any) -> list[ResponseRecord]:
 
 def test_a_chain_comes_back_from_its_beginning(store: Store):
     made = chain(store, 5)
-    assert [each.id for each in store.responses.chain(made[-1].id, 100)] == [x.id for x in made]
-    assert [each.id for each in store.responses.chain(made[2].id, 100)] == [x.id for x in made[:3]]
+    assert [each.id for each in store.responses.chain(made[-1].id, 100, MANY)] == [
+        x.id for x in made
+    ]
+    assert [each.id for each in store.responses.chain(made[2].id, 100, MANY)] == [
+        x.id for x in made[:3]
+    ]
 
 
 def test_a_chain_that_is_too_long_or_broken_shows_it(store: Store):
     made = chain(store, 5)
-    assert store.responses.chain(made[-1].id, 3)[0].previous == made[1].id
+    assert store.responses.chain(made[-1].id, 3, MANY)[0].previous == made[1].id
     store.responses.delete(made[1].id)
-    assert store.responses.chain(made[-1].id, 100)[0].previous == made[1].id
+    assert store.responses.chain(made[-1].id, 100, MANY)[0].previous == made[1].id
+
+
+def test_a_chain_that_is_too_large_is_refused(store: Store):
+    made = chain(store, 5)
+    with pytest.raises(InvalidRequest, match="over 100 bytes") as refused:
+        store.responses.chain(made[-1].id, 100, 100)
+    assert refused.value.code == "context_length_exceeded"
 
 
 def test_what_a_response_goes_on_from_lives_as_long_as_itself(store: Store):
     made = chain(store, 3, expires_at=time.time() + 0.3)
     last = add(store, state=_S.COMPLETED, previous=made[-1].id)
     time.sleep(0.4)
-    assert len(store.responses.chain(last.id, 100)) == 4
+    assert len(store.responses.chain(last.id, 100, MANY)) == 4
 
 
 # -- as a gateway works on it

@@ -66,8 +66,9 @@ async def _of_conversation(
 
 async def _of_chain(services: Services, who: Principal, previous: str) -> Context:
     longest = services.settings.responses.max_chain
+    bounds = (longest, services.settings.gateway.max_body_bytes)
     try:
-        chain = await asyncio.to_thread(services.store.responses.chain, previous, longest)
+        chain = await asyncio.to_thread(services.store.responses.chain, previous, *bounds)
     except NotFound:
         raise _not_found(previous) from None
     last, first = chain[-1], chain[0]
