@@ -24,10 +24,12 @@ from tests.support.cluster import eventually, free_port
 class Nodes:
     KEY = "sk-cluster"
 
-    def __init__(self, folder: Path, count: int = 2, head_cpus: int = 2) -> None:
+    def __init__(
+        self, folder: Path, count: int = 2, head_cpus: int = 2, node_cpus: int = 2
+    ) -> None:
         self._folder = folder
         self._count = count
-        self._cpus = [head_cpus] + [2] * (count - 1)
+        self._head_cpus, self._node_cpus = head_cpus, node_cpus
         self._sockets = socket_folder(folder)
         self._processes: list[subprocess.Popen[bytes]] = []
         self.gcs = f"127.0.0.2:{free_port()}"
@@ -151,23 +153,29 @@ class Nodes:
             f"--dashboard-port={self.dashboard}", f"--temp-dir={self._sockets / 'ray'}",
         )  # fmt: skip
         eventually(self._dashboard_answers, 60, what="the head node did not start")
-        for i in range(1, self._count):
-            # One after the other: on one machine they would take each other's raylet for their own.
-            for _ in range(3):  # Ray gives a node 30 s, which a busy machine may not
-                self._start(f"--address={self.gcs}", f"--node-ip-address=127.0.0.{2 + i}")
-                node = self._processes[-1]
-                joined = eventually(
-                    lambda i=i, node=node: len(self.nodes()) > i or node.poll() is not None, 90, 0.5
-                )
-                if node.poll() is None:
-                    break
-                self._processes.pop()
-            assert joined and len(self.nodes()) == i + 1, "a node did not join"
+        # One after the other: on one machine they would take each other's raylet for their own.
+        for _ in range(1, self._count):
+            self.join()
+
+    def join(self) -> None:
+        """One more node."""
+        there, number = len(self.nodes()), len(self._processes)
+        for _ in range(3):  # Ray gives a node 30 s, which a busy machine may not
+            self._start(f"--address={self.gcs}", f"--node-ip-address=127.0.0.{2 + number}")
+            node = self._processes[-1]
+            eventually(
+                lambda node=node: len(self.nodes()) > there or node.poll() is not None, 90, 0.5
+            )
+            if node.poll() is None:
+                return
+            self._processes.pop()
+        raise AssertionError("a node did not join")
 
     def _start(self, *arguments: str) -> None:
         command = [
             find_script("ray") or "ray", "start", "--block", "--disable-usage-stats",
-            f"--num-cpus={self._cpus[len(self._processes)]}", "--object-store-memory=80000000",
+            f"--num-cpus={self._node_cpus if self._processes else self._head_cpus}",
+            "--object-store-memory=80000000",
             f"--dashboard-agent-listen-port={free_port()}",
             "--min-worker-port=0", "--max-worker-port=0", *arguments,
         ]  # fmt: skip

@@ -1,18 +1,21 @@
 """The real trainer on the demo model: its process, its events, and what adapters have learned."""
 
 import json
+import multiprocessing
 import os
-import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from itertools import islice
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext
+from multiprocessing.forkserver import ensure_running
 from pathlib import Path
 from typing import Any
 
 from llm_engine.demo import EXAMPLES, lessons
-from llm_engine.fine_tunes import data
+from llm_engine.fine_tunes import data, trainer
 
 WAIT_S = 280
 #: Threads that meet in every operation of a small model wait more than they work.
@@ -51,36 +54,44 @@ def spec(train: Path, out: Path, **more: Any) -> dict[str, Any]:
 
 
 class Child:
-    """The trainer's process, as the job runs it."""
+    """The trainer's process, as the job runs it; but its imports, which take seconds, are made once
+    for all of them. `tests/jobs` has it with its own."""
 
     def __init__(self, spec: dict[str, Any], **environment: str) -> None:
+        asked, self._asking = os.pipe()
+        hearing, told = os.pipe()
         self._said = tempfile.TemporaryFile("w+")
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "llm_engine.fine_tunes.trainer"],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said,
-            env=os.environ | ENVIRONMENT | environment, text=True,
-        )  # fmt: skip
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps(spec) + "\n")
-        self.process.stdin.flush()  # and it stays open: at its end the trainer dies
+        theirs = [Connection(asked, writable=False), Connection(told, readable=False),
+                  Connection(os.dup(self._said.fileno()))]  # fmt: skip
+        self.process = _forking().Process(target=_train, args=(theirs, environment))
+        self.process.start()
+        for each in theirs:
+            each.close()
+        os.write(self._asking, json.dumps(spec).encode() + b"\n")  # open: at its end it dies
+        self._hearing = open(hearing)
 
     def events(self) -> Iterator[dict[str, Any]]:
-        assert self.process.stdout is not None
-        yield from map(json.loads, self.process.stdout)
+        yield from map(json.loads, self._hearing)
+
+    def leave(self) -> None:
+        """The end of its stdin, as when its job dies."""
+        if self._asking is not None:
+            os.close(self._asking)
+            self._asking = None
 
     def end(self, wait_s: float = 60) -> int:
         """Its exit code; what it said on stderr is in `said` then."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        code = self.process.wait(wait_s)
-        self.process.stdin.close()
-        self.process.stdout.close()
+        self.process.join(wait_s)
+        assert self.process.exitcode is not None, f"it still runs after {wait_s} s"
+        self.leave()
+        self._hearing.close()
         with self._said as file:
             file.seek(0)
             self.said = file.read()
-        return code
+        return self.process.exitcode
 
     def stop(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
+        self.process.terminate()
 
     def finish(self) -> list[dict[str, Any]]:
         """All events; the last one is an end."""
@@ -89,6 +100,26 @@ class Child:
         ended = events and events[-1]["event"] in ("done", "stopped", "failed")
         assert ended and code == 0, self.said[-3000:]
         return events
+
+
+@cache
+def _forking() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["llm_engine.fine_tunes.trainer_run"])
+    before = dict(os.environ)
+    os.environ.update(ENVIRONMENT)
+    ensure_running()
+    os.environ.clear()
+    os.environ.update(before)
+    return context
+
+
+def _train(ends: list[Connection], environment: dict[str, str]) -> None:
+    for number, end in enumerate(ends):
+        os.dup2(end.fileno(), number)
+    sys.stdin, sys.stdout, sys.stderr = open(0), open(1, "w"), open(2, "w", buffering=1)
+    os.environ.update(environment)
+    trainer.main()
 
 
 def trained(spec: dict[str, Any], **environment: str) -> list[dict[str, Any]]:

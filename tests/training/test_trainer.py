@@ -211,7 +211,7 @@ def test_it_dies_with_whoever_started_it(few_lines, tmp_path):
     child = Child(spec(few_lines, tmp_path / "out", asked={"n_epochs": 50}))
     for event in child.events():
         if event["event"] == "step":
-            child.process.stdin.close()
+            child.leave()
             break
     assert child.end(20) == 1
 
