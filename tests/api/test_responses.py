@@ -179,7 +179,8 @@ def test_a_background_stream_can_be_taken_up_anywhere(client: OpenAI):
 
 
 def test_a_reader_hears_events_while_they_come(client: OpenAI):
-    made = list_until(say(client, model="slow", background=True, stream=True), 1)[0].response.id
+    asked = {"model": "slow", "background": True, "stream": True, "max_output_tokens": 60}
+    made = list_until(say(client, **asked), 1)[0].response.id
     began = time.monotonic()
     arrived = [time.monotonic() - began for _ in client.responses.retrieve(made, stream=True)]
     assert arrived[-1] - arrived[0] > 0.3

@@ -143,15 +143,18 @@ def test_a_fine_tuned_model_becomes_an_endpoint_of_its_own(
         eventually(lambda: http.get("/v1/endpoints/support").status_code == 404, 60, 0.5)
 
 
-def test_a_fine_tuned_model_is_listed_used_and_deleted(client: OpenAI, training: str):
-    numbers = {"n_epochs": 1, "batch_size": 64}
-    made = client.fine_tuning.jobs.create(
-        model=BASE, training_file=training, seed=3,
-        method={"type": "supervised", "supervised": {"hyperparameters": numbers}},
-    )  # fmt: skip
-    name = wait(client, made.id, "succeeded").fine_tuned_model
+def is_gone(client: OpenAI, model: str) -> bool:
+    try:
+        answer(client, model, [{"role": "user", "content": "hi"}])
+    except openai.NotFoundError:
+        return True
+    return False
+
+
+def test_a_fine_tuned_model_is_listed_used_and_deleted(client: OpenAI, tuned: Any):
+    name = tuned.fine_tuned_model
     question = [{"role": "user", "content": "Where is my lamp?"}]
-    first = answer(client, name, question)  # at once, wherever it is asked
+    first = answer(client, name, question)
     streamed = client.chat.completions.create(
         model=name, messages=question, temperature=0, max_tokens=30, stream=True
     )
@@ -162,9 +165,10 @@ def test_a_fine_tuned_model_is_listed_used_and_deleted(client: OpenAI, training:
     assert (responded.output_text, responded.model) == (first, name)
     eventually(lambda: name in [m.id for m in client.models.list()], 20, 0.2, "it is not listed")
     assert client.models.delete(name).deleted
-    for ask in (lambda: answer(client, name, question), lambda: client.models.delete(name)):
-        with pytest.raises(openai.NotFoundError):
-            ask()
+    with pytest.raises(openai.NotFoundError):
+        client.models.delete(name)
+    # The other gateway learns of it within moments.
+    eventually(lambda: [is_gone(client, name) for _ in range(8)] == [True] * 8, 10)
     assert answer(client, BASE, question)
 
 
@@ -266,7 +270,17 @@ def test_a_csv_becomes_a_model_of_scales(scale: Any, tmp_path: Any):
     assert scale.Model.get(name).status.value == "READY"
     assert scale.Model.delete(name).deleted
     with pytest.raises(scale.errors.NotFoundError):
-        says(name, "red")
+        scale.Model.get(name)
+
+    def is_unknown() -> bool:
+        try:
+            says(name, "red")
+        except scale.errors.NotFoundError:
+            return True
+        return False
+
+    # The other gateway learns of it within moments.
+    eventually(lambda: [is_unknown() for _ in range(8)] == [True] * 8, 10)
 
 
 def test_a_wrong_header_is_told_before_anything_runs(scale: Any, tmp_path: Any):

@@ -1,6 +1,7 @@
 """Several workers that train together, by Ray Train: one of them dies, or lives elsewhere."""
 
 import contextlib
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,6 +61,8 @@ def ended_well(bench: Bench, tune: FineTuneRecord, folder: Path) -> FineTuneReco
 
 
 def test_a_worker_that_dies_costs_no_step(ray, bench, tmp_path):
+    """Nor does it where workers see no folder of the job's, as on other nodes."""
+    bench.module = "tests.support.elsewhere_job"
     tune = bench.tune(EXAMPLES, valid=8, asked=ASKED)
     with bench.start(tune) as job:
         eventually(lambda: bench.get(tune).step > 0, PATIENCE_S, 0.2, "no progress")
@@ -73,24 +76,12 @@ def test_a_worker_that_dies_costs_no_step(ray, bench, tmp_path):
     eventually(lambda: workers(ray) == [], 30, 0.2, "workers outlive their driver")
     code, printed, _ = bench.run(tune, PATIENCE_S)
     assert code == 0, printed
-    assert ended_well(bench, tune, tmp_path / "a").starts == 2
-
-
-def test_workers_that_see_no_folder_of_the_jobs_train_all_the_same(bench, tmp_path):
-    bench.module = "tests.support.elsewhere_job"
-    tune = bench.tune(EXAMPLES, valid=8, asked=ASKED)
-    with bench.start(tune) as job:
-        eventually(lambda: bench.get(tune).step > 0, PATIENCE_S, 0.2, "no progress")
-        job.terminate()
-        printed, _ = job.communicate(timeout=120)
-    assert job.returncode == 1 and "told to stop" in printed, printed
-    record = bench.get(tune)
-    assert (record.worker, record.idle_starts) == (None, 0)
-    code, printed, _ = bench.run(tune, PATIENCE_S)
-    assert code == 0, printed
     assert f"Training goes on from the checkpoint at step {record.step}" in bench.messages(tune)
-    ended_well(bench, tune, tmp_path / "a")
-    assert list(Path(tempfile.gettempdir()).glob("llm-engine-fine-tune-worker-*")) == []
+    assert ended_well(bench, tune, tmp_path / "a").starts == 2
+    left = list(Path(tempfile.gettempdir()).glob("llm-engine-fine-tune-worker-*"))
+    assert len(left) <= 1, "more than that of the one that was killed"
+    for folder in left:
+        shutil.rmtree(folder)
 
 
 def test_what_it_waits_for_is_told(ray, bench):

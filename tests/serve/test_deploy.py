@@ -128,7 +128,7 @@ def test_replicas_follow_the_queue_up_and_down(nodes: Nodes):
 
     def stream() -> bytes:
         with nodes.client() as client:
-            body = chat("busy", 500) | {"stream": True}
+            body = chat("busy", 300) | {"stream": True}
             return client.post("/v1/chat/completions", json=body, timeout=120).content
 
     def ready() -> int:

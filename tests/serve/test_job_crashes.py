@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 ROWS = 3000
 MODEL = {"name": "fake", "model": "none", "engine": "fake", "num_cpus": 0.1,
          "vllm_args": {"token_delay_s": 0.05, "max_num_seqs": 24}}  # fmt: skip
-EXAMPLES, EPOCHS, BATCH = 160, 6, 4
+EXAMPLES, EPOCHS, BATCH = 160, 12, 4
 STEPS = EXAMPLES // BATCH * EPOCHS
 #: It is trained upon for real, and served by nobody: this is about the jobs.
 BASE = {"name": "demo", "model": "builtin:chat", "engine": "fake", "num_cpus": 0.1,
@@ -34,7 +34,7 @@ PROGRAMS = {
     "trainer": "llm_engine.fine_tunes.trainer",
     "engine": "llm_engine.engine.fake",
 }
-VICTIMS = ["batch", "trainer", "batch", "Ingress", "JobKeeper", "engine", "Controller", "tune"]
+VICTIMS = ["batch", "trainer", "batch", "tune", "Ingress", "JobKeeper", "engine", "Controller"]
 
 
 def victims(cluster: Cluster, kind: str) -> list[int]:
