@@ -76,20 +76,17 @@ def test_a_part_that_dies_in_a_create_and_in_an_update(
     cluster: Cluster, deployment: str, delay_s: float
 ):
     name = f"{deployment.lower()}-{delay_s}"
+    most = cluster.endpoint("declared")["spec"]["max_queue"] + 1
     post(cluster, name)
+    patch(cluster, "declared", max_queue=most)
     time.sleep(delay_s)
     kill(cluster, deployment)
     cluster.wait_until(name, "READY", 60)
-    # A gateway that has not heard from the router yet knows it from the store alone.
-    eventually(lambda: cluster.endpoint(name)["replicas_ready"] == 1, 10)
-
-    patch(cluster, name, max_queue=9)
-    time.sleep(delay_s)
-    kill(cluster, deployment)
-    row = cluster.wait_until(name, "READY", 60)
-    assert row["spec"]["max_queue"] == 9
-    eventually(lambda: len(cluster.endpoint(name)["replicas"]) == 1, 30, 0.2)
-    assert answers(cluster, name) == 200
+    assert cluster.wait_until("declared", "READY", 60)["spec"]["max_queue"] == most
+    for each in (name, "declared"):
+        # A gateway that has not heard from the router yet knows it from the store alone.
+        eventually(lambda each=each: cluster.endpoint(each)["replicas_ready"] == 1, 30, 0.2)
+        assert answers(cluster, each) == 200
     delete(cluster, name)
 
 
@@ -233,28 +230,37 @@ def test_while_the_store_is_away_models_answer_and_no_key_is_refused(
     delete(cluster, "now")
 
 
-def test_after_the_power_went_every_endpoint_is_back(cluster: Cluster, settings: dict[str, Any]):
-    """In the middle of a create, of an update and of a delete; and with responses that wait."""
-    for name in ("kept", "updating", "leaving"):
-        post(cluster, name, vllm_args={})
-    for name in ("kept", "updating", "leaving"):
-        cluster.wait_until(name, "READY", 90)
-    post(cluster, "creating", vllm_args={"load_delay_s": 15.0})
-    eventually(lambda: [answers(cluster, "creating") for _ in range(8)] == [503] * 8, 10)
-    waiting = respond(cluster, "creating", 1000, max_output_tokens=1)
-    patch(cluster, "updating", max_queue=9)
-    with cluster.client() as client:
-        client.delete("/v1/endpoints/leaving").raise_for_status()
-    cluster.kill()
-    with Cluster(settings) as again:
-        for name in ("kept", "creating", "updating", "declared"):
-            again.wait_until(name, "READY", 120)
-            eventually(lambda name=name: answers(again, name) == 200, 10)
-        assert again.endpoint("updating")["spec"]["max_queue"] == 9
-        ends = all_ended(again, waiting, 120)
-        assert {row["status"] for row in ends.values()} == {"completed"}
-        with again.client() as client:
-            eventually(lambda: client.get("/v1/endpoints/leaving").status_code == 404, 60, 0.2)
+def test_a_rolling_update_under_load_fails_no_request(cluster: Cluster):
+    """5,000 and more, while the endpoint changes again and again."""
+    failures: list[Any] = []
+    done = [0]
+    stop = threading.Event()
+
+    def keep_asking() -> None:
+        with cluster.client() as client:
+            body = {"model": "declared", "prompt": "One", "max_tokens": 3}
+            while not stop.is_set():
+                try:
+                    answer = client.post("/v1/completions", json=body)
+                except httpx.HTTPError as error:
+                    failures.append(error)
+                    continue
+                done[0] += 1
+                if answer.status_code != 200:
+                    failures.append(answer.text)
+
+    threads = [threading.Thread(target=keep_asking) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    round_ = 0
+    while done[0] < 5000:
+        round_ += 1
+        patch(cluster, "declared", max_queue=100 + round_)
+        cluster.wait_until("declared", "READY", 60)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert round_ >= 2 and failures == []
 
 
 def lose_ray(cluster: Cluster) -> None:
@@ -266,37 +272,28 @@ def lose_ray(cluster: Cluster) -> None:
     cluster.wait_for("again", 60)
 
 
-def test_a_rolling_update_under_load_fails_no_request(settings: dict[str, Any]):
-    """5,000 and more, while the endpoint changes again and again."""
-    with Cluster(settings, wait=False) as cluster:
-        lose_ray(cluster)
-        cluster.wait_for("settled", START_TIMEOUT_S)
-        failures: list[Any] = []
-        done = [0]
-        stop = threading.Event()
-
-        def keep_asking() -> None:
-            with cluster.client() as client:
-                body = {"model": "declared", "prompt": "One", "max_tokens": 3}
-                while not stop.is_set():
-                    try:
-                        answer = client.post("/v1/completions", json=body)
-                    except httpx.HTTPError as error:
-                        failures.append(error)
-                        continue
-                    done[0] += 1
-                    if answer.status_code != 200:
-                        failures.append(answer.text)
-
-        threads = [threading.Thread(target=keep_asking) for _ in range(8)]
-        for thread in threads:
-            thread.start()
-        round_ = 0
-        while done[0] < 5000:
-            round_ += 1
-            patch(cluster, "declared", max_queue=100 + round_)
-            cluster.wait_until("declared", "READY", 60)
-        stop.set()
-        for thread in threads:
-            thread.join()
-        assert round_ >= 2 and failures == []
+def test_after_the_power_went_every_endpoint_is_back(cluster: Cluster, settings: dict[str, Any]):
+    """In the middle of a create, of an update and of a delete; and with responses that wait. And
+    though Ray is lost once more when it is started."""
+    for name in ("kept", "updating", "leaving"):
+        post(cluster, name, vllm_args={})
+    for name in ("kept", "updating", "leaving"):
+        cluster.wait_until(name, "READY", 90)
+    post(cluster, "creating", vllm_args={"load_delay_s": 15.0})
+    eventually(lambda: [answers(cluster, "creating") for _ in range(8)] == [503] * 8, 10)
+    waiting = respond(cluster, "creating", 1000, max_output_tokens=1)
+    patch(cluster, "updating", max_queue=9)
+    with cluster.client() as client:
+        client.delete("/v1/endpoints/leaving").raise_for_status()
+    cluster.kill()
+    with Cluster(settings, wait=False) as again:
+        lose_ray(again)
+        again.wait_for("settled", START_TIMEOUT_S)
+        for name in ("kept", "creating", "updating", "declared"):
+            again.wait_until(name, "READY", 120)
+            eventually(lambda name=name: answers(again, name) == 200, 10)
+        assert again.endpoint("updating")["spec"]["max_queue"] == 9
+        ends = all_ended(again, waiting, 120)
+        assert {row["status"] for row in ends.values()} == {"completed"}
+        with again.client() as client:
+            eventually(lambda: client.get("/v1/endpoints/leaving").status_code == 404, 60, 0.2)
