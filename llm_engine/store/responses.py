@@ -218,17 +218,19 @@ class Responses(Followed):
                 .values(worker=None, lease_until=0.0)
             )
 
-    def put_back(self, worker: str, response: str) -> None:
-        """Its model is away: it waits again, and that it was tried does not count."""
-        self._release(table.id == response, table.worker == worker)
+    def put_back(self, worker: str, response: str) -> bool:
+        """Its model is away: it waits again, and that it was tried does not count. False where it
+        shall be cancelled, or is another one's."""
+        mine = (table.id == response, table.worker == worker, ~table.cancel_asked)
+        return self._release(*mine) == 1
 
     def release(self, worker: str) -> None:
         """It stops: others may claim what it has. Nobody is to blame, so it counts as no start."""
         self._release(table.worker == worker)
 
-    def _release(self, *which: sa.ColumnElement[bool]) -> None:
+    def _release(self, *which: sa.ColumnElement[bool]) -> int:
         with self._database.writing() as connection:
-            connection.execute(
+            return connection.execute(
                 tables.responses.update()
                 .where(*which, table.state == ResponseState.IN_PROGRESS)
                 .values(
@@ -237,7 +239,7 @@ class Responses(Followed):
                     state=ResponseState.QUEUED,
                     starts=sa.case((table.starts > 0, table.starts - 1), else_=0),
                 )
-            )
+            ).rowcount
 
     def tell(self, record: ResponseRecord, events: list[bytes]) -> ResponseRecord:
         """As its worker: more events for its log, in JSON. `record` as it was before them: what

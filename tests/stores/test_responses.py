@@ -211,12 +211,14 @@ def test_a_gateway_that_stops_gives_back_what_it_has(store: Store):
 def test_one_whose_model_is_away_waits_again_and_its_start_does_not_count(store: Store):
     made, other = add(store), add(store)
     store.responses.claim("w1", LEASE_S, 9)
-    store.responses.put_back("w2", made.id)
+    assert not store.responses.put_back("w2", made.id)
     assert not store.responses.any_waiting()
-    store.responses.put_back("w1", made.id)
+    assert store.responses.put_back("w1", made.id)
     (again,) = store.responses.claim("w2", LEASE_S, 9)
     assert (again.id, again.starts) == (made.id, 1)
-    assert store.responses.held("w1") == {other.id: False}
+    store.responses.ask_cancel(other.id)
+    assert not store.responses.put_back("w1", other.id)
+    assert store.responses.held("w1") == {other.id: True}
 
 
 def test_claimed_by_its_model(store: Store):

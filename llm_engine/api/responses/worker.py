@@ -190,7 +190,8 @@ class Worker:
             except ModelAway as away:
                 logger.info("%s waits: %s", record.id, away)
                 self._note_absence(record.model)
-                await asyncio.to_thread(self._store.put_back, self.name, record.id)
+                if not await asyncio.to_thread(self._store.put_back, self.name, record.id):
+                    await run.cancelled()
             except asyncio.CancelledError:
                 if record.id not in self._cancelled:
                     raise
