@@ -214,7 +214,7 @@ def test_deleted_while_it_answers(gateway, tuned, ann):
     assert one.id in gateway.load("slow", holder).adapters, "it answers still"
     chunks += stream
     assert len(chunks) == 20, "what runs comes to its end"
-    eventually(lambda: one.id not in gateway.load("slow", holder).adapters, 5)
+    eventually(lambda: one.id not in gateway.load("slow", holder).adapters, 15)
     with pytest.raises(openai.NotFoundError):
         chat(ann, one.name)
 

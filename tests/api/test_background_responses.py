@@ -75,7 +75,7 @@ def test_what_a_retiring_gateway_does_not_end_in_time_is_anybodys(
     gateway.loop.call_soon_threadsafe(gateway.app.retire, 0.5)
     eventually(lambda: client.responses.retrieve(running).status == "queued", 20)
     assert gateway.services.store.responses.get(running).starts == 0
-    eventually(lambda: gateway.load("slow").depth == 0, 5)
+    eventually(lambda: gateway.load("slow").depth == 0, 15)
 
 
 def test_a_stream_that_was_cancelled_before_anybody_began_has_an_end(client: OpenAI):

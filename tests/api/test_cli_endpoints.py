@@ -138,7 +138,7 @@ def test_create_that_is_watched_ends_when_it_is_ready(gateway):
     def start() -> None:
         tell(gateway, "qwen", "UPDATE_IN_PROGRESS", "a replica is loading the model", START)
         asked = gateway.services.store.endpoints
-        eventually(lambda: asked.get("qwen").revision, 5)
+        eventually(lambda: asked.get("qwen").revision, 15)
         threading.Event().wait(0.3)  # the watch has seen it by then
         tell(gateway, "qwen", "READY")
 

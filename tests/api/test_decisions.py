@@ -170,7 +170,7 @@ def test_who_leaves_is_not_decided_for(gateway: GatewayThread):
     body = {"model": "slow", "state": "s", "questions": {f"q{n}": NOUL for n in range(64)}}
     with http(gateway) as plain, pytest.raises(Exception, match="timed out"):
         plain.post("/v1/decisions", json=body, timeout=0.7)
-    eventually(lambda: gateway.load("slow").depth == 0, 3)
+    eventually(lambda: gateway.load("slow").depth == 0, 15)
     done = gateway.load("slow").generated_tokens
     time.sleep(0.7)
     assert gateway.load("slow").generated_tokens == done < 40

@@ -181,8 +181,8 @@ def test_a_client_that_hangs_up_leaves_nothing(gateway, ann):
     )
     with socket.create_connection((host, int(port))) as connection:
         connection.sendall(head.encode() + body[:-20])
-        eventually(lambda: kept(gateway), 5, 0.01, "nothing was written")
-    eventually(lambda: kept(gateway) == [], 5, 0.01, "something was left")
+        eventually(lambda: kept(gateway), 15, 0.01, "nothing was written")
+    eventually(lambda: kept(gateway) == [], 15, 0.01, "something was left")
     with http(gateway, ann) as client:
         assert client.get("/v1/files").json()["data"] == []
 

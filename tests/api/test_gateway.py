@@ -145,16 +145,16 @@ def test_a_client_that_leaves_mid_stream_stops_the_engine():
         assert connection.recv(4096)
         assert gateway.load("fake").running == 1
         connection.close()
-        eventually(lambda: gateway.load("fake").depth == 0, 1, 0.05, "still generating")
+        eventually(lambda: gateway.load("fake").depth == 0, 15, 0.05, "still generating")
 
 
 def test_a_client_that_leaves_before_the_first_byte_stops_the_engine():
     slow = fake_endpoint("fake", vllm_args={"token_delay_s": 0.5})
     with GatewayThread([slow]) as gateway:
         connection = open_stream(gateway, chat(max_tokens=10_000))
-        eventually(lambda: gateway.load("fake").running == 1, 5, 0.02)
+        eventually(lambda: gateway.load("fake").running == 1, 15, 0.02)
         connection.close()
-        eventually(lambda: gateway.load("fake").depth == 0, 1, 0.05, "still generating")
+        eventually(lambda: gateway.load("fake").depth == 0, 15, 0.05, "still generating")
 
 
 def open_stream(gateway, body) -> socket.socket:

@@ -67,7 +67,7 @@ def test_a_stream_has_its_events(client: httpx.Client):
     def ended() -> bool:
         return client.get(f"streams/{made['id']}").json()["completed_items"] == 1
 
-    eventually(ended, 5)
+    eventually(ended, 15)
     closed = client.patch(f"streams/{made['id']}", json={"status": "cancelled"})
     assert closed.json()["status"] == "cancelled"
     assert problem(client.post("responses", json=ASKED | asked), 409)[1] == "stream_id"

@@ -92,17 +92,17 @@ def test_one_that_takes_too_long_is_cancelled(gateway: GatewayThread, client: Sf
     with pytest.raises(ApiError, match=r"^504: .*max_wait_s.*background"):
         client.create_response(model="slow", input="hi", max_output_tokens=1000)
     assert WAIT_S <= time.monotonic() - began < WAIT_S + 10
-    eventually(lambda: gateway.load("slow").depth == 0, 3)
+    eventually(lambda: gateway.load("slow").depth == 0, 15)
     assert client.list_responses().data == []
 
 
 def test_cancelled_it_stays_readable(gateway: GatewayThread, client: SferenceClient):
     made = client.create_response(model="slow", input="hi", max_output_tokens=1000, background=True)
-    eventually(lambda: gateway.load("slow").depth == 1, 5)
+    eventually(lambda: gateway.load("slow").depth == 1, 15)
     assert client.cancel_response(made.id).status == "cancelled"
     assert client.get_response(made.id).status == "cancelled"
     assert client.cancel_response(made.id).status == "cancelled"
-    eventually(lambda: gateway.load("slow").depth == 0, 3)
+    eventually(lambda: gateway.load("slow").depth == 0, 15)
 
 
 def test_a_finished_one_is_not_changed_by_its_cancellation(client: SferenceClient):

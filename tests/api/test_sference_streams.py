@@ -99,7 +99,7 @@ def test_a_cancelled_stream_ends_what_has_begun_and_nothing_else(
 ):
     made = client.create_stream("mail")
     inside = [put(client, made.id, "slow", max_output_tokens=60) for _ in range(6)]
-    eventually(lambda: client.get_stream(made.id).running_items == 2, 5)
+    eventually(lambda: client.get_stream(made.id).running_items == 2, 15)
     cancelled = client.cancel_stream(made.id)
     assert (cancelled.status, cancelled.pending_items) == ("cancelled", 0)
     assert cancelled.cancelled_at is not None

@@ -285,7 +285,7 @@ def test_a_stream_that_is_too_long_to_be_kept_says_so(client, monkeypatch):
 def test_who_leaves_stops_the_engine_and_nothing_is_kept(client, gateway):
     with say(client, model="slow", stream=True, max_tokens=500, metadata={"left": "1"}) as stream:
         next(iter(stream))
-    eventually(lambda: gateway.load("slow").depth == 0, 5)
+    eventually(lambda: gateway.load("slow").depth == 0, 15)
     assert of({"left": "1"}, client) == []
 
 

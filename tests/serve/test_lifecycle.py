@@ -73,7 +73,7 @@ def test_a_vllm_endpoint_from_create_to_delete(cluster: Cluster, api: httpx.Clie
     assert api.delete(f"/v1/endpoints/{name}").json()["status"] == "DELETE_IN_PROGRESS"
     assert api.delete(f"/v1/endpoints/{name}").status_code in (404, 409)
     eventually(lambda: api.get(f"/v1/endpoints/{name}").status_code == 404, 60, 0.2)
-    eventually(lambda: chat(api, name).status_code == 404, 5)
+    eventually(lambda: chat(api, name).status_code == 404, 15)
     assert api.delete(f"/v1/endpoints/{name}").status_code == 404
 
 

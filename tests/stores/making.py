@@ -155,7 +155,7 @@ def during_a_change(store: Store, attempt: Callable[[], Any], **values: Any) -> 
 
         def change(record: EndpointRecord) -> tuple[EndpointSettings, dict[str, Any]]:
             begun.append(pool.submit(attempt))
-            eventually(lambda: waiting(store) or begun[0].done(), 5, 0.01, "it does not wait")
+            eventually(lambda: waiting(store) or begun[0].done(), 15, 0.01, "it does not wait")
             return to(**values)(record)
 
         store.endpoints.ask_change("m", change)

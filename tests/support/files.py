@@ -37,7 +37,7 @@ def clear(gateway):
     for file in store.files.page(None, limit=1000)[0]:
         files.discard(storage, store, file.id)
     files.sweep(storage, store, time.time())
-    eventually(lambda: kept(gateway) == [], 5, 0.05, "bytes are left")
+    eventually(lambda: kept(gateway) == [], 15, 0.05, "bytes are left")
 
 
 def upload(gateway, key, content=LINE, name="a.jsonl", purpose="user_data", **options):

@@ -318,7 +318,7 @@ def test_a_gateway_that_restarts_is_waited_for():
             target=lambda: ended.append(batch_watch.follow(gateway, row(done=1), out))
         )
         thread.start()
-        eventually(lambda: len(first.asked) > 1, 5, 0.01)
+        eventually(lambda: len(first.asked) > 1, 15, 0.01)
     time.sleep(0.1)
     with serving(port) as second, gateway:
         second.answers[PATH] = (200, completed())

@@ -380,7 +380,7 @@ def test_a_gateway_that_restarts_is_waited_for():
             target=lambda: ended.append(fine_tune_watch.follow(gateway, at(1), out))
         )
         thread.start()
-        eventually(lambda: len(first.asked) > 3, 5, 0.01)
+        eventually(lambda: len(first.asked) > 3, 15, 0.01)
     time.sleep(0.1)
     with serving(port) as second, gateway:
         second.answers |= {PATH: (200, succeeded()), NEXT: page(event(1, "one"), event(2, "two"))}

@@ -153,7 +153,7 @@ def follow(server, *told, capsys, **options):
     def advance() -> None:
         for answer in answers[1:]:
             seen = len(server.asked) + 2
-            eventually(lambda seen=seen: len(server.asked) >= seen, 5, 0.005)
+            eventually(lambda seen=seen: len(server.asked) >= seen, 15, 0.005)
             server.answers[PATH] = answer
 
     server.answers[PATH] = answers[0]
@@ -233,7 +233,7 @@ def test_a_gateway_that_restarts_is_waited_for(capsys):
             target=lambda: result.append(run("endpoints", "watch", "qwen", "--url", first.url))
         )
         watching.start()
-        eventually(lambda: first.asked, 5)
+        eventually(lambda: first.asked, 15)
     time.sleep(0.2)  # nothing listens
     with serving(port) as second:
         second.answers[PATH] = (200, row("READY", ready=1))
