@@ -28,13 +28,13 @@ from llm_engine.storage.base import UNFINISHED
 from tests.support.batches import Bench, row
 from tests.support.gateway import GatewayThread, fake_endpoint
 
-ROWS = 600
+ROWS = 1200
 TOKENS = 2  # of a row
 BAD_EVERY = 50  # so often a row is refused by the gateway
 OPEN = 3  # batches at a time
 LEASE_S = 2
 #: A death costs what is in flight: few rows at a time, then, and each of them soon done.
-ENGINE = {"token_delay_s": 0.01, "max_num_seqs": 4}
+ENGINE = {"token_delay_s": 0.02, "max_num_seqs": 4}
 #: What happens how often.
 EVILS = {"kill": 80, "freeze": 6, "cut": 7, "unwritable": 7}
 
