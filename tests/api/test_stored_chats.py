@@ -297,7 +297,8 @@ def test_a_fallback_is_named_and_kept_under_its_own(client, gateway, upstream):
         )
         assert answer.headers["x-llm-engine-served-by"] == "fake"
         told = answer.parse()
-        found = kept(client, list(told)[0].id if stream else told.id)
+        *_, last = told if stream else [told]  # to its end: only then is it kept
+        found = kept(client, last.id)
         assert (found.model, found.choices[0].message.content) == ("fake", "word word ")
 
 
