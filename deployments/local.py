@@ -59,6 +59,7 @@ class LocalCluster:
         self._instance = secrets.token_hex(8)
         self.folder = self._cluster.state_dir
         self.ray_port = self._cluster.ray_port or free_port()
+        self.dashboard = f"http://127.0.0.1:{self._cluster.dashboard_port}"
         self.environment = self._environment()
 
     def _environment(self) -> dict[str, str]:
@@ -157,9 +158,9 @@ class LocalCluster:
 
     def _dashboard_says_yes(self, path: str) -> bool:
         token = Path(self.environment["RAY_AUTH_TOKEN_PATH"]).read_text()
-        url = f"http://127.0.0.1:{self._cluster.dashboard_port}{path}"
+        headers = {"Authorization": f"Bearer {token}"}
         try:
-            answer = httpx.get(url, headers={"Authorization": f"Bearer {token}"}, trust_env=False)
+            answer = httpx.get(self.dashboard + path, headers=headers, trust_env=False)
         except httpx.HTTPError:
             return False
         return answer.status_code == 200
@@ -260,11 +261,10 @@ def start(settings: Settings, stop: threading.Event) -> LocalCluster:
     """Ray and the gateway. Nothing is left of them where it raises."""
     cluster = LocalCluster(settings)
     cluster.check_ports()  # before there is anything to clean up: it might be another's
-    dashboard = f"http://127.0.0.1:{settings.cluster.dashboard_port}"
     try:
         tell("step", name="Ray")
         cluster.start(stop)
-        tell("step", name="gateway", dashboard=dashboard)
+        tell("step", name="gateway", dashboard=cluster.dashboard)
         deploy(settings, cluster, stop)
     except BaseException:
         cluster.stop()
@@ -284,7 +284,6 @@ def start_patiently(settings: Settings, stop: threading.Event) -> LocalCluster:
 
 def run(settings: Settings, stop: threading.Event) -> None:
     cluster = start_patiently(settings, stop)
-    dashboard = f"http://127.0.0.1:{settings.cluster.dashboard_port}"
     try:
         if stop.is_set():
             return
@@ -295,7 +294,7 @@ def run(settings: Settings, stop: threading.Event) -> None:
                 {
                     "pid": os.getpid(),
                     "address": url,
-                    "dashboard": dashboard,
+                    "dashboard": cluster.dashboard,
                     "ray": f"127.0.0.1:{cluster.ray_port}",
                 }
             )

@@ -134,6 +134,11 @@ class Dispatcher:
         await self._replicas.serve(call, request, form, endpoint)
 
 
+def is_of_another(call: Call) -> bool:
+    """Whether a fallback has answered it."""
+    return any(name == SERVED_BY for name, _ in call.fixed_headers)
+
+
 def _say_who(call: Call, name: str | None) -> None:
     """Put into the answer's headers who gives it; None: who was asked."""
     call.fixed_headers = [h for h in call.fixed_headers if h[0] != SERVED_BY]
