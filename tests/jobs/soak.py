@@ -76,6 +76,11 @@ class Proxy:
 
     async def _close(self) -> None:
         assert self._server is not None
+        # What asyncio has accepted and not begun with is lost where its server is closed: first
+        # no more is accepted, and what was is begun.
+        for listener in self._server.sockets:
+            self._loop.remove_reader(listener.fileno())
+        await asyncio.sleep(0.01)
         self._server.close()
         for writer in list(self._open):
             writer.transport.abort()
