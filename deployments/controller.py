@@ -32,7 +32,7 @@ from deployments.tended import (
 from llm_engine.config import EndpointSettings, Settings
 from llm_engine.endpoints import OPERATOR, derive, signature
 from llm_engine.engine.adapters import AdapterSource
-from llm_engine.errors import LLMEngineError, StoreUnavailable
+from llm_engine.errors import ConfigError, LLMEngineError, StoreUnavailable
 from llm_engine.records import EndpointRecord, EndpointStatus, ReplicaReport
 from llm_engine.statuses import EndpointState
 from llm_engine.store.sql import Store
@@ -116,6 +116,8 @@ class Controller:
             self._hurry.clear()
             try:
                 quiet = await self._look()
+            except ConfigError as error:  # about the store
+                logger.error("%s", error)
             except Exception:
                 logger.exception("reconciling failed; trying again")
             with contextlib.suppress(TimeoutError):
@@ -137,7 +139,10 @@ class Controller:
             told = self._status(each, applications, nodes)
             self._log_change(told)
             statuses.append(told)
-        reports = await asyncio.wait_for(self._router.set_endpoints.remote(statuses), 10)
+        told = self._router.set_endpoints.remote(statuses)
+        reports, has_directory = await asyncio.wait_for(told, 10)
+        if not has_directory:
+            self._directory_mark = None  # it has restarted since it was told
         # Only now: what the store calls READY can be asked.
         for each, told in zip(tended, statuses, strict=True):
             await self._persist(each, told)

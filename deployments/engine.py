@@ -141,7 +141,8 @@ class EngineReplica:
     async def _observe(self) -> None:
         """One probe that fails may be a busy moment; a dead process, or many in a row, is not."""
         try:
-            self._report = replace(self._report, load=await self._engine.load())
+            load = await self._engine.load()
+            self._report = replace(self._report, load=load)  # as it is now, not as it was before
             self._missed = 0
         except Exception as error:
             self._missed += 1

@@ -11,7 +11,7 @@ from ray.serve.handle import DeploymentHandle
 from deployments import replica
 from llm_engine.api.app import Gateway, build_app
 from llm_engine.config import ENV_STORE, Settings
-from llm_engine.errors import Unavailable
+from llm_engine.errors import ConfigError, Unavailable
 from llm_engine.records import Directory, RoutingTable
 from llm_engine.routing import Balancer
 from llm_engine.services import Services
@@ -70,11 +70,14 @@ class Ingress:
             raise RuntimeError("the ingress no longer follows the router")
 
     async def _check_store(self) -> None:
-        """Refuse to work on a store that only this node has."""
+        """Refuse to work on a store that only this node has, or that is a newer llm-engine's."""
         store = self._services.store
         try:
+            await asyncio.to_thread(store.database.is_current)
             others = await asyncio.wait_for(self._controller.identity.remote(), CALL_TIMEOUT_S)
             ours = await asyncio.to_thread(store.database.identity)
+        except ConfigError:
+            raise
         except Exception as error:  # whoever is silent now can't be compared
             logger.warning("cannot compare this node's store with the controller's: %s", error)
             return

@@ -24,6 +24,7 @@ from llm_engine.config import Settings
 from llm_engine.errors import APIError, LLMEngineError, StorageUnavailable
 from llm_engine.fine_tunes import adapters
 from llm_engine.statuses import EndpointState
+from llm_engine.storage import ownership
 from llm_engine.storage.opening import open_storage
 from llm_engine.store.sql import Store
 
@@ -32,6 +33,8 @@ logger = logging.getLogger("ray.serve")
 #: Between two looks: when a job is to be started anew, while there are records, while there are
 #: none. New ones are told.
 HURRIED_S, BUSY_S, QUIET_S = 0.1, 1.0, 15.0
+#: Ray's client waits for an answer for ever.
+LOOK_LIMIT_S = 900.0
 #: Between two rounds of cleaning up.
 SWEEP_S = 60.0
 #: Of as many rows as one transaction forgets; the next sweep goes on.
@@ -53,6 +56,7 @@ class JobKeeper:
         )
         self._swept_at = time.monotonic()
         self._orphans_swept_at = -math.inf
+        self._looked_at = time.monotonic()
         self._hurry = asyncio.Event()
         self._loop = asyncio.get_event_loop().create_task(self._run())
 
@@ -63,12 +67,15 @@ class JobKeeper:
     async def check_health(self) -> None:
         if self._loop.done():
             raise RuntimeError("the keeper's loop ended")
+        if time.monotonic() - self._looked_at > LOOK_LIMIT_S:
+            raise RuntimeError("a look at the jobs does not end: Ray or the storage hangs")
 
     async def _run(self) -> None:
         while True:
             period = BUSY_S
             self._hurry.clear()
             try:
+                self._looked_at = time.monotonic()
                 period = await asyncio.to_thread(self._look)
             except LLMEngineError as error:
                 logger.warning("%s", error)
@@ -100,8 +107,7 @@ class JobKeeper:
             logger.info("%s expired files and uploads are gone", gone)
         adapters.sweep(self._store, self._storage)
         if time.monotonic() - self._orphans_swept_at > ORPHANS_SWEEP_S:
-            parts.sweep(self._store, self._storage)
-            adapters.sweep_orphans(self._store, self._storage)
+            self._sweep_orphans()
             self._orphans_swept_at = time.monotonic()
         for endpoint in self._store.endpoints.all():
             leaving = endpoint.state is EndpointState.DELETE_IN_PROGRESS
@@ -113,6 +119,20 @@ class JobKeeper:
                 ended = True
             if ended:
                 self._store.endpoints.ask_delete(endpoint.name)
+
+    def _sweep_orphans(self) -> None:
+        """What no record asks for. Records of another store ask for what is theirs."""
+        owner = ownership.claim(self._storage, self._store.database.identity())
+        if owner is not None:
+            logger.error(
+                "the storage %s is another store's (%s), so nothing in it is cleaned up here: give "
+                "each store a bucket, a prefix or a folder of its own (storage.url)",
+                *(self._storage.shown, owner),
+            )
+            return
+        parts.sweep(self._store, self._storage)
+        adapters.sweep_orphans(self._store, self._storage)
+        files.sweep_orphans(self._storage, self._store, time.time())
 
     def _gateways(self) -> list[str]:
         """Where a job may find a gateway, the nearest first."""

@@ -209,7 +209,8 @@ class KeptBatches(Kept[BatchRecord]):
         if deed is Deed.CONCLUDE:
             self._batches.conclude(record, reason=reason, errors=[error])
         elif deed is Deed.GIVE_UP:
-            self._batches.end(record, BatchState.FAILED, reason=reason, errors=[error])
+            none = {"output_file_id": None, "error_file_id": None}  # they were not ready
+            self._batches.end(record, BatchState.FAILED, reason=reason, errors=[error], **none)
         else:
             cancelled = record.state is BatchState.CANCELLING
             self._batches.end(record, BatchState.CANCELLED if cancelled else BatchState.EXPIRED)

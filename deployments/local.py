@@ -24,6 +24,7 @@ import httpx
 
 from deployments.ray_settings import find_script, ray_folder, serve_environment, socket_folder
 from llm_engine import config
+from llm_engine.addresses import cannot_listen, local_url
 from llm_engine.cli.running import carrying
 from llm_engine.config import ENV_SECRET, ENV_STORE, ClusterSettings, Settings
 from llm_engine.errors import LLMEngineError, StartupError
@@ -224,12 +225,10 @@ def deploy(settings: Settings, cluster: LocalCluster, stop: threading.Event) -> 
 
 def gateway_client(settings: Settings) -> httpx.Client:
     gateway = settings.gateway
-    host = gateway.host if gateway.host not in ("0.0.0.0", "::") else "127.0.0.1"
     key = next((k.get_secret_value() for k in gateway.api_keys), None)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return httpx.Client(
-        base_url=f"http://{host}:{gateway.port}", headers=headers, timeout=5, trust_env=False
-    )
+    url = local_url(gateway.host, gateway.port)
+    return httpx.Client(base_url=url, headers=headers, timeout=5, trust_env=False)
 
 
 def watch_endpoints(settings: Settings, cluster: LocalCluster, stop: threading.Event) -> None:
@@ -339,16 +338,13 @@ def free_port() -> int:
 
 
 def check_port(host: str, port: int, setting: str) -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise StartupError(
-                f"port {port} on {host} cannot be opened ({error.strerror}). Stop what uses it "
-                f"(`llm-engine down`, if that is an earlier llm-engine), or set {setting} to "
-                "another one."
-            ) from None
+    problem = cannot_listen(host, port)
+    if problem:
+        raise StartupError(
+            f"port {port} on {host} cannot be opened ({problem}). Stop what uses it "
+            f"(`llm-engine down`, if that is an earlier llm-engine), or set {setting} to "
+            "another one."
+        )
 
 
 def kill(pid: int, number: int) -> None:

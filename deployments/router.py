@@ -75,8 +75,11 @@ class ModelRouter:
             self._forget(replica)
             self._redraw()
 
-    async def set_endpoints(self, endpoints: list[EndpointStatus]) -> list[ReplicaReport]:
-        """The controller's word on each endpoint. Returns what is known of the replicas."""
+    async def set_endpoints(
+        self, endpoints: list[EndpointStatus]
+    ) -> tuple[list[ReplicaReport], bool]:
+        """The controller's word on each endpoint. Returns what is known of the replicas, and
+        whether a directory is: a router that has just started has none."""
         self._start_housekeeping()
         if self._endpoints_at is None:
             self._endpoints_at = time.monotonic()
@@ -84,7 +87,7 @@ class ModelRouter:
         if fresh != self._endpoints:
             self._endpoints = fresh
             self._redraw()
-        return list(self._reports.values())
+        return list(self._reports.values()), self._directory.version != 0
 
     async def set_directory(self, directory: Directory) -> None:
         """The controller's word on keys, registered models and adapters."""

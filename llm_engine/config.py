@@ -44,6 +44,9 @@ DEMO_ADAPTERS = 4
 MERGED = "merged:"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ENV_KEYS = "LLM_ENGINE_API_KEYS"
+ENV_KEY = "LLM_ENGINE_API_KEY"  # a client's
+#: What engines and trainers have no business with: a model's code may be anybody's.
+SECRETS = (ENV_KEY, ENV_KEYS, ENV_STORE, ENV_SECRET)
 ENV_CONFIG = "LLM_ENGINE_CONFIG"
 
 
@@ -279,10 +282,13 @@ class EndpointSettings(Section):
 
 
 class ClusterSettings(Section):
-    """The Ray that `llm-engine up` starts. A cluster that is already there ignores this section."""
+    """The Ray that `llm-engine up` starts. On a cluster that is already there only `state_dir`
+    counts: where nothing else is said, the store, the files and the caches lie in it."""
 
     state_dir: Path = Field(
-        Path("~/.llm-engine"), description="Ray's files, logs, the token and the pid file."
+        Path("~/.llm-engine"),
+        description="Ray's files, logs, the token and the pid file; the "
+        "store and the files, where they have no URL.",
     )
     num_cpus: int | None = Field(
         None, ge=1, description="Ray's logical CPUs. Unset: the machine's, and at least 4."
@@ -402,7 +408,8 @@ def dump(settings: Settings, *, reveal: bool = False) -> dict[str, Any]:
     if secret is not None:
         data["store"]["secret_key"] = secret.get_secret_value() if reveal else MASK
     if url is not None and not reveal:
-        data["store"]["url"] = re.sub(r"(://[^:/@]*):.*@", rf"\1:{MASK}@", url)
+        url = re.sub(r"(://[^:/@]*):.*@", rf"\1:{MASK}@", url)
+        data["store"]["url"] = re.sub(r"([?&]password=)[^&]*", rf"\1{MASK}", url)
     if not reveal:
         for endpoint in data["endpoints"]:
             endpoint["env"] = dict.fromkeys(endpoint["env"], MASK)

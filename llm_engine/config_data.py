@@ -36,7 +36,7 @@ class StoreSettings(Section):
     @field_validator("url")
     @classmethod
     def _unmasked(cls, url: str | None) -> str | None:
-        if url is not None and f":{MASK}@" in url:
+        if url is not None and (f":{MASK}@" in url or f"password={MASK}" in url):
             raise ValueError("a masked password is no password; put the real one")
         return url
 

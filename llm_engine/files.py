@@ -4,6 +4,9 @@
     uploads/<upload id>/<part id> the parts of an upload, until they are a file
 
 A file that is deleted expires now; bytes that cannot be deleted yet are taken by the next `sweep`.
+
+A store that falls silent may have taken a record all the same: then its bytes stay. Those that
+turn out to have none go with `sweep_orphans`.
 """
 
 import contextlib
@@ -11,10 +14,11 @@ import hashlib
 import logging
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 
 import orjson
 
-from llm_engine.errors import InvalidRequest, NotFound, StorageUnavailable
+from llm_engine.errors import InvalidRequest, NotFound, StorageUnavailable, StoreUnavailable
 from llm_engine.ids import new_id
 from llm_engine.records import FileRecord, UploadPart, UploadRecord
 from llm_engine.storage.base import NoSuchObject, Storage
@@ -29,6 +33,7 @@ BATCH = "batch"  # a purpose
 BATCH_EXPIRES_S = 30 * 86400
 _BOM = b"\xef\xbb\xbf"
 MOST_SWEPT = 200  # records of each kind in one sweep
+ORPHAN_S = 6 * 3600.0
 
 
 def new_file_id() -> str:
@@ -54,7 +59,7 @@ def keep(
     pieces: Iterable[bytes],
     expires_after_s: float | None = None,
 ) -> FileRecord:
-    """Raises StorageUnavailable or StoreUnavailable, and then leaves nothing."""
+    """Raises StorageUnavailable or StoreUnavailable; nobody sees what it leaves then."""
     file = new_file_id()
     with storage.writer(key_of(file)) as writer:
         for piece in pieces:
@@ -62,6 +67,8 @@ def keep(
     record = new_record(file, owner, purpose, filename, writer.bytes, expires_after_s)
     try:
         store.files.add(record)
+    except StoreUnavailable:
+        raise
     except BaseException:
         storage.delete(record.key)
         raise
@@ -174,7 +181,6 @@ def assemble(
     file = new_file_id()
     digest = hashlib.md5(usedforsecurity=False)
     first = FirstLine()
-    made: UploadRecord | None = None
     try:
         with storage.writer(key_of(file)) as writer:
             for piece in _joined(storage, store, upload, parts):
@@ -194,13 +200,22 @@ def assemble(
             upload.file_expires_after_s,
         )  # fmt: skip
         made = store.uploads.complete(upload.id, record, once)
-    finally:
-        if made is None or made.file_id != file:
-            with contextlib.suppress(StorageUnavailable):
-                storage.delete(key_of(file))
+    except StoreUnavailable:
+        raise
+    except BaseException:
+        _drop_bytes(storage, file)
+        raise
     if made.file_id == file:
         drop_parts(storage, made.id)
+    else:
+        _drop_bytes(storage, file)
     return made
+
+
+def _drop_bytes(storage: Storage, file: str) -> None:
+    """That no record has."""
+    with contextlib.suppress(StorageUnavailable):
+        storage.delete(key_of(file))
 
 
 def _joined(
@@ -241,6 +256,21 @@ def sweep(storage: Storage, store: Store, now: float) -> int:
         store.uploads.remove(upload.id)
         gone += 1
     return gone + store.idempotency.forget_old(now)
+
+
+def sweep_orphans(storage: Storage, store: Store, now: float) -> int:
+    """Bytes that got no record in all the time that it takes to make one; how many files'."""
+    old = (each for each in storage.list("files/") if each.modified_at < now - ORPHAN_S)
+    gone = 0
+    while some := list(islice(old, MOST_SWEPT)):
+        ids = [each.key.removeprefix("files/") for each in some]
+        # What a batch is putting together has an id before it has a record.
+        known = store.files.known(ids) | store.batches.open_results()
+        for file in ids:
+            if file not in known:
+                storage.delete(key_of(file))
+                gone += 1
+    return gone
 
 
 def _remove(storage: Storage, store: Store, file: FileRecord) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from llm_engine.patience import PATIENCE_S
 from llm_engine.records import BatchRecord, FineTuneRecord
 from llm_engine.statuses import BatchState, FineTuneState
 
@@ -58,7 +59,7 @@ def decide(
             dead = job is not None and not job.live
             deeds[record.id] = Deed.RELEASE if dead else Deed.NOTHING
         elif job is not None and job.live:
-            hangs = job.running and job.running_for_s > CLAIM_LEASES * lease_s
+            hangs = job.running and _hangs(record, job, now, lease_s)
             deeds[record.id] = Deed.STOP if hangs else Deed.NOTHING
         elif record.state is FineTuneState.PAUSED:
             deeds[record.id] = Deed.NOTHING
@@ -78,6 +79,13 @@ def decide(
         busy[following.owner] += 1
         free -= 1
     return deeds
+
+
+def _hangs(record: BatchRecord | FineTuneRecord, job: Seen, now: float, lease_s: float) -> bool:
+    if record.worker is None:
+        return job.running_for_s > CLAIM_LEASES * lease_s
+    # Its lease has ended, as all do while the store is away: it waits that out, and goes on.
+    return min(job.running_for_s, now - record.lease_until) > PATIENCE_S
 
 
 def _has_results(record: BatchRecord | FineTuneRecord) -> bool:

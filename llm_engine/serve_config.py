@@ -31,6 +31,10 @@ def serve_config(settings: Settings) -> dict[str, Any]:
         name: getattr(settings, name).model_dump(mode="json", exclude_defaults=True)
         for name in ("storage", "files", "batches", "fine_tunes", "responses")
     }
+    if "state_dir" in settings.cluster.model_fields_set:  # where all would seem lost else
+        if url is None:
+            store["url"] = settings.store_url
+        kept["storage"].setdefault("url", settings.storage_url)
     args = {"gateway": told, "store": store, **kept}
     endpoints = [each.model_dump(mode="json", exclude_defaults=True) for each in settings.endpoints]
     return {
@@ -55,4 +59,5 @@ def serve_config(settings: Settings) -> dict[str, Any]:
 
 
 def has_password(url: str) -> bool:
-    return "@" in url.partition("://")[2].partition("/")[0]
+    """Rather once too often: a password may hold any character, or stand behind the path."""
+    return not url.startswith("sqlite") and ("@" in url or "password=" in url)

@@ -9,7 +9,7 @@ import pytest
 from tests.support.cluster import Cluster, free_port
 from tests.support.gateway import GatewayThread, fake_endpoint
 
-SCRUBBED = ("LLM_ENGINE_", "RAY_", "VLLM_", "OPENAI_", "OMP_NUM_THREADS")
+SCRUBBED = ("LLM_ENGINE_", "RAY_", "VLLM_", "OPENAI_", "OMP_NUM_THREADS", "COLUMNS")
 for name in [name for name in os.environ if name.startswith(SCRUBBED)]:
     del os.environ[name]
 

@@ -48,7 +48,10 @@ def _add_endpoints(router: APIRouter, services: Services, operations: Operations
 
     @router.get("/v1/endpoints/{name:path}/events")
     async def list_events(
-        name: str, who: Anyone, after: int = 0, limit: Annotated[int, Query(ge=1, le=100)] = 100
+        name: str,
+        who: Anyone,
+        after: Annotated[int, Query(ge=0, le=2**63 - 1)] = 0,
+        limit: Annotated[int, Query(ge=1, le=100)] = 100,
     ) -> dict[str, Any]:
         record = await operations.endpoint(who, name)
         events = await asyncio.to_thread(services.store.events, record.id, after, limit)

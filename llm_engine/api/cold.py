@@ -24,6 +24,7 @@ from llm_engine.errors import (
     MethodNotAllowed,
     NotFound,
 )
+from llm_engine.nesting import is_too_deep
 from llm_engine.records import Principal, Scope
 
 SERVER_ERROR = "The server had an error while processing your request."
@@ -85,19 +86,28 @@ def having(scope: Scope) -> Callable[[Request], Principal]:
     return check
 
 
-async def read_json(request: Request) -> dict[str, Any]:
-    """The body as a JSON object. Raises InvalidRequest or BodyTooLarge."""
-    body = b""
+async def read_body(request: Request, largest: int = LARGEST_BODY) -> bytes:
+    """Raises BodyTooLarge. `largest`: LARGEST_BODY, or gateway.max_body_bytes."""
+    body = bytearray()
     async for part in request.stream():
         body += part
-        if len(body) > LARGEST_BODY:
-            raise BodyTooLarge(f"The request body is larger than {LARGEST_BODY} bytes.")
+        if len(body) > largest:
+            where = " (gateway.max_body_bytes)" if largest != LARGEST_BODY else ""
+            raise BodyTooLarge(f"The request body is larger than {largest} bytes{where}.")
+    return bytes(body)
+
+
+async def read_json(request: Request, largest: int = LARGEST_BODY) -> dict[str, Any]:
+    """The body as a JSON object. Raises InvalidRequest, and as `read_body` does."""
+    body = await read_body(request, largest)
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"The request body is not valid JSON: {error}.") from None
     if not isinstance(data, dict):
         raise InvalidRequest("The request body must be a JSON object.", code="invalid_type")
+    if is_too_deep(data, body):
+        raise InvalidRequest("The request body is nested too deeply.")
     return data
 
 

@@ -161,9 +161,13 @@ class Files:
             await asyncio.to_thread(self._store.idempotency.forget, *asked[:3])
 
     def _leave_nothing(self, record: FileRecord) -> None:
-        with contextlib.suppress(NotFound, Unavailable):
+        try:
+            with contextlib.suppress(NotFound):
+                self._store.files.remove(record.id)
+        except Unavailable:
+            return  # it may be there: then so must its bytes
+        with contextlib.suppress(Unavailable):
             self._storage.delete(record.key)
-            self._store.files.remove(record.id)
 
 
 class _MadeBefore(Exception):

@@ -106,6 +106,8 @@ def _text_bytes(message: dict[str, Any]) -> int:
     texts = [content] if isinstance(content, str) else []
     if isinstance(content, list):
         texts += [part.get("text") for part in content if isinstance(part, dict)]
-    for call in message.get("tool_calls") or ():
-        texts.append((call.get("function") or {}).get("arguments"))
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list) else ():
+        function = call.get("function") if isinstance(call, dict) else None
+        texts += [function.get("arguments")] if isinstance(function, dict) else []
     return sum(len(text.encode()) for text in texts if isinstance(text, str))

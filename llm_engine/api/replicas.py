@@ -155,15 +155,16 @@ class Replicas:
             # The engine broke before its first token: another may still answer, unseen.
             raise self._refusal(form.error(500, first[0], request), endpoint)
         idle, now = self._limits.idle_timeout_s, time.perf_counter
-        splitter = sse.Splitter() if request.rewrite else None
+        whole, splitter = sse.Whole(), sse.Splitter() if request.rewrite else None
         gaps = self._metrics.inter_token.labels(endpoint.name)
         await call.start(200, STREAM_HEADERS)
         self._metrics.first_token.labels(endpoint.name).observe(now() - call.started)
         before = now()
         try:
             while data:
-                if sse.holds_failure(data):
-                    splitter = splitter or sse.Splitter()
+                data = whole.feed(data)
+                if splitter is None and sse.holds_failure(data):
+                    splitter = sse.Splitter()
                 if splitter is not None:
                     data, ended = _rewrite(request, form, splitter, data)
                     if ended:

@@ -30,6 +30,19 @@ def holds_failure(data: bytes) -> bool:
     return _FAILURE.search(data) is not None
 
 
+class Whole:
+    """Lets a stream of bytes through as whole events: what ends within one waits for its rest."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> bytes:
+        data = self._rest + data
+        end = data.rfind(b"\n\n") + 2 if b"\n\n" in data else 0
+        self._rest = data[end:]
+        return data[:end]
+
+
 class Splitter:
     """Cuts a stream of bytes into the payloads of its `data:` events."""
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from urllib.parse import quote
 
 from llm_engine.batches.conclusion import Conclusion
-from llm_engine.batches.gateways import Broken, Gateways, Unreachable
+from llm_engine.batches.gateways import Answer, Broken, Gateways, Unreachable
 from llm_engine.batches.lease import Lease
 from llm_engine.batches.own_engine import EngineFailed, OwnEngine
 from llm_engine.batches.parts import Parts
@@ -189,8 +189,8 @@ class Job:
                     message = f"The model '{check.model}' does not exist or you cannot use it."
                     told = problem("model_not_found", message, "body.model", check.model_line)
                     return [told]
-                if answer.status == 200:
-                    break
+                if not _passes(answer):
+                    break  # there is such a model; or its rows will be told what is wrong
             if time.time() >= self._lease.record.expires_at:
                 break  # its rows will be told
             tries += 1
@@ -304,6 +304,13 @@ class Job:
             and other.options.own_engine is None
             and other.worker is not None
         )
+
+
+def _passes(answer: Answer) -> bool:
+    """Whether another one may come later, or from another gateway."""
+    if answer.status == 404:
+        return not answer.body.startswith(b"{")  # not a gateway's own
+    return answer.status in (401, 408, 429) or answer.status >= 500
 
 
 def _engine_failed(failed: EngineFailed) -> Stop:

@@ -242,8 +242,10 @@ class Runner:
 
     def _heard(self, request: _Request, answer: Answer) -> Finished | float:
         verdict, body = judge(answer)
-        if verdict is Verdict.AWAY and not self._is_poison(request):
-            return self._away(request, _message(body), answer.retry_after_s)
+        if verdict is Verdict.AWAY:
+            self._suspect(request)
+            if request.attempts < self._max_attempts:
+                return self._away(request, _message(body), answer.retry_after_s)
         if verdict is Verdict.BUSY:
             self.pace.refused()
             request.waits += 1
@@ -262,12 +264,12 @@ class Runner:
             self._batch.id, request.row, request.custom_id, answer, body, request.model
         )
 
-    def _is_poison(self, request: _Request) -> bool:
-        """Others are answered, and this one never: it may be what kills the engines."""
+    def _suspect(self, request: _Request) -> None:
+        """Where others are answered, and this one never, it may be what kills the engines."""
         if self._answered > request.answered:
-            request.attempts += request.waits > 0
+            if request.waits > 0:
+                request.attempts += 1
             request.answered = self._answered
-        return request.attempts >= self._max_attempts
 
     def _away(self, request: _Request, reason: str, advice_s: float | None) -> float:
         """All rows wait, for none would fare better."""

@@ -12,10 +12,12 @@ import orjson
 
 from llm_engine.batches.rows import Row
 from llm_engine.config import Settings
+from llm_engine.nesting import is_too_deep
 from llm_engine.records import BatchRecord
 
 Problem = dict[str, Any]  # code, message, param, line
 
+LONGEST_NAME = 440  # characters of a model's; adapters have the longest
 #: Problems that are told one by one; the others are counted.
 MOST_TOLD = 50
 MOST_EMBEDDING_INPUTS = 50_000
@@ -31,7 +33,8 @@ _WITHOUT_IDS = ("llm_engine", "sference")
 
 
 def problem(code: str, message: str, param: str | None = None, line: int | None = None) -> Problem:
-    return {"code": code, "message": message, "param": param, "line": line}
+    # What is quoted may hold U+0000, which PostgreSQL does not keep.
+    return {"code": code, "message": message.replace("\0", ""), "param": param, "line": line}
 
 
 @dataclass(slots=True)
@@ -98,6 +101,8 @@ class Check:
             return self._tell(
                 "invalid_json_line", "This line is not parseable as a JSON object.", None, line
             )
+        if is_too_deep(data, row.data):
+            return self._tell("invalid_request", "This line is nested too deeply.", None, line)
         self._check_id(data, line)
         self._check_target(data, line)
         body = data.get("body")
@@ -146,6 +151,13 @@ class Check:
         model = body.get("model")
         if not isinstance(model, str) or not model:
             self._tell("invalid_request", "'body.model' must name a model.", "body.model", line)
+        elif len(model) > LONGEST_NAME:
+            self._tell(
+                "invalid_request",
+                f"'body.model' is longer than {LONGEST_NAME} characters: no model is called so.",
+                "body.model",
+                line,
+            )
         elif self.model is None:
             self.model, self.model_line = model, line
         elif model != self.model:

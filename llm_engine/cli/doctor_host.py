@@ -2,10 +2,10 @@
 
 import os
 import shutil
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
+from llm_engine.addresses import cannot_listen
 from llm_engine.cli.console import gigabytes
 from llm_engine.cli.doctor import Check, Finding, fail, ok, warn
 from llm_engine.cli.doctor_install import engine_build
@@ -63,17 +63,6 @@ def check_ports(settings: Settings) -> Iterator[Finding]:
     if not taken:
         shown = ", ".join(f"{port}" for _, _, port in wanted if port)
         yield ok("ports", f"{shown} are free")
-
-
-def cannot_listen(host: str, port: int) -> str | None:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            return error.strerror or str(error)
-    return None
 
 
 def check_agent_port(settings: Settings) -> Finding:

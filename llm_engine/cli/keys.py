@@ -34,13 +34,15 @@ def create(
         list[str] | None,
         typer.Option(
             metavar="SCOPE",
-            help="inference (the default), files (and batches), models, endpoints, metrics, or "
-            "admin: all of it. Again for more.",
+            help="inference (the default), files (with batches and fine-tunes), models, endpoints, "
+            "metrics, or admin: all of it. Again for more.",
         ),
     ] = None,
     expires: Annotated[
         str | None,
-        typer.Option(metavar="WHEN", help="30d, 12h, or a date: 2027-01-01 (0:00 UTC). Or never."),
+        typer.Option(
+            metavar="WHEN", help="30d, 12h, or a date: 2027-01-01 (0:00 UTC). Unset: never."
+        ),
     ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Nothing but the key.")] = False,
     json: Json = False,

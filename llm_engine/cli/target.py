@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_engine.addresses import local_url
 from llm_engine.cli.running import find_running
 
 if TYPE_CHECKING:
@@ -64,10 +65,8 @@ def find_target(url: str | None, key: str | None, given: Path | None) -> Target:
     running = find_running(settings.cluster.state_dir)
     if running is not None and running.address:
         return Target(running.address.rstrip("/"), key, source=source)
-    host = "127.0.0.1" if gateway.host in ("0.0.0.0", "::") else gateway.host
-    host = f"[{host}]" if ":" in host else host
     starting = running is not None
-    return Target(f"http://{host}:{gateway.port}", key, starting=starting, source=source)
+    return Target(local_url(gateway.host, gateway.port), key, starting=starting, source=source)
 
 
 def _given_key(option: str | None) -> tuple[str | None, str]:

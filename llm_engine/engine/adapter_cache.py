@@ -33,7 +33,6 @@ from llm_engine.storage.opening import open_storage
 logger = logging.getLogger("llm_engine.engine")
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,100}")
-_PIECE = 2**20
 MOST_CHECKED = 1_000
 #: Of a fetch by somebody else that is waited for.
 LONGEST_S = 600.0

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 
-from llm_engine.config import ENV_KEYS, ENV_SECRET, ENV_STORE, EndpointSettings
+from llm_engine.config import SECRETS, EndpointSettings
 from llm_engine.engine.adapters import AdapterSource
 from llm_engine.engine.base import HEADER_SECRET, PATH_FORGET, PATH_LOAD, Engine, EngineAddress
 from llm_engine.engine.server import MARK, EngineSpec
@@ -24,8 +24,6 @@ from llm_engine.records import Load
 
 logger = logging.getLogger("llm_engine.engine")
 
-#: What an engine has no business with: model code may be anybody's.
-SECRETS = ("LLM_ENGINE_API_KEY", ENV_KEYS, ENV_STORE, ENV_SECRET)
 KEPT_LINES = 400  # of the engine's output, to find the cause of a failure in
 STOP_GRACE_S = 10
 PROBE_TIMEOUT_S = 10

@@ -16,7 +16,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
-from llm_engine.config import ENV_KEYS, ENV_SECRET, ENV_STORE
+from llm_engine.config import SECRETS
 from llm_engine.errors import LLMEngineError
 
 TRAINER = (sys.executable, "-m", "llm_engine.fine_tunes.trainer")
@@ -28,7 +28,6 @@ _LONGEST_LINE = 2**20
 _TAIL = 8192  # bytes of what it has said last
 _NO_MEMORY = re.compile(r"out of memory|OutOfMemoryError|MemoryError|can't allocate memory", re.I)
 _EXCEPTION = re.compile(r"[\w.]*(Error|Exception)\b")
-_NO_SECRETS = (ENV_KEYS, ENV_SECRET, ENV_STORE)
 
 
 class TrainerDied(LLMEngineError):
@@ -61,7 +60,7 @@ class Trainer:
         self._listening: asyncio.Task[None]
 
     async def __aenter__(self) -> "Trainer":
-        environment = {k: v for k, v in os.environ.items() if k not in _NO_SECRETS}
+        environment = {k: v for k, v in os.environ.items() if k not in SECRETS}
         # As many threads as CPUs were reserved, always the same: sums come out the same, too.
         threads = str(max(1, int(self._cpus)))
         environment = {"OMP_NUM_THREADS": threads, "MKL_DYNAMIC": "FALSE"} | environment

@@ -137,6 +137,15 @@ class Batches(Leased[BatchRecord]):
 
     # -- what the keeper of all batches does
 
+    def open_results(self) -> set[str]:
+        """The ids of files that those which have not ended are putting together."""
+        table = tables.batches.c
+        wanted = sa.select(table.output_file_id, table.error_file_id).where(
+            table.state.not_in(self.FINAL)
+        )
+        with self._database.reading() as connection:
+            return {file for row in connection.execute(wanted) for file in row if file}
+
     def end(self, record: BatchRecord, to: BatchState, **values: Any) -> BatchRecord | None:
         """Without a worker: a batch that no job can bring to its end. None where it has one."""
         with self._database.writing() as connection:

@@ -1,6 +1,7 @@
 """Conversations: items in the order in which they were added, which responses read and add to."""
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, NamedTuple
 
@@ -27,9 +28,10 @@ class Conversations:
         self._database = database
 
     def add(self, record: Conversation, first: list[Item]) -> None:
-        """`first`: items, each with an id."""
+        """`first`: items, each with an id. Raises Conflict where one is there twice."""
         with self._database.writing() as connection:
             connection.execute(tables.conversations.insert().values(asdict(record)))
+            _check_new(connection, record.id, first)
             append(connection, record.id, first)
 
     def get(self, conversation: str) -> Conversation:
@@ -67,6 +69,7 @@ class Conversations:
                     code="conversation_full",
                     status=400,
                 )
+            _check_new(connection, conversation, new)
             append(connection, conversation, new)
         return new
 
@@ -112,16 +115,28 @@ class Conversations:
         return found
 
 
+def _check_new(connection: sa.Connection, conversation: str, new: list[Item]) -> None:
+    """What a client adds is added, all of it."""
+    names = Counter(item["id"] for item in new)
+    names.update(_known(connection, conversation, list(names)))
+    for name, count in names.items():
+        if count > 1:
+            raise Conflict(
+                f"The conversation would have two items with the id '{name}'. Leave the id out: "
+                "each item then gets one of its own.",
+                param="items",
+                code="duplicate_item",
+                status=400,
+            )
+
+
 def append(connection: sa.Connection, conversation: str, new: Iterable[Item]) -> None:
     """Those whose id is not there yet. Nothing where the conversation is gone."""
     wanted = sa.select(table.id).where(table.id == conversation).with_for_update()
     if connection.execute(wanted).one_or_none() is None:
         return
     by_id = {item["id"]: item for item in new}
-    there = sa.select(items.item).where(
-        items.conversation == conversation, items.item.in_(list(by_id))
-    )
-    for known in connection.execute(there).scalars().all():
+    for known in _known(connection, conversation, list(by_id)):
         by_id.pop(known)
     if by_id:
         rows = [
@@ -129,6 +144,12 @@ def append(connection: sa.Connection, conversation: str, new: Iterable[Item]) ->
             for name, item in by_id.items()
         ]
         connection.execute(tables.conversation_items.insert(), rows)
+
+
+def _known(connection: sa.Connection, conversation: str, ids: list[str]) -> Sequence[str]:
+    """Of these, those that are in the conversation."""
+    there = sa.select(items.item).where(items.conversation == conversation, items.item.in_(ids))
+    return connection.execute(there).scalars().all()
 
 
 def no_conversation(conversation: str) -> NotFound:

@@ -86,14 +86,27 @@ class Database:
         if not self.is_sqlite:
             connection.execute(sa.select(sa.func.pg_advisory_xact_lock(lock)))
 
+    def is_current(self) -> bool:
+        """Whether its tables are the newest that are known here. Raises ConfigError where they are
+        newer than that, StoreUnavailable."""
+        with self.reading() as connection:
+            current = MigrationContext.configure(connection).get_current_revision()
+        known = ScriptDirectory(str(_MIGRATIONS))
+        if current not in {None, *(each.revision for each in known.walk_revisions())}:
+            raise ConfigError(
+                f"the store {self.shown} was written by a newer llm-engine: its tables are of "
+                f"version {current}, the newest known here is {known.get_current_head()}. Run "
+                "that llm-engine, or restore the backup from before the upgrade."
+            )
+        return current == known.get_current_head()
+
     def migrate(self) -> str:
-        """Bring the tables up to date; returns the database's identity. Safe to race."""
+        """Bring the tables up to date; returns the database's identity. Safe to race. Raises as
+        `is_current` does."""
         with _in_words(self), self._one_at_a_time():
-            config = Config()
-            config.set_main_option("script_location", str(_MIGRATIONS))
-            with self._engine.connect() as connection:
-                current = MigrationContext.configure(connection).get_current_revision()
-            if current != ScriptDirectory.from_config(config).get_current_head():
+            if not self.is_current():
+                config = Config()
+                config.set_main_option("script_location", str(_MIGRATIONS))
                 logger.info("migrating the store %s", self.shown)
                 with self._engine.begin() as connection:
                     if not self.is_sqlite:
@@ -129,7 +142,8 @@ class Database:
 
     @property
     def shown(self) -> str:
-        return self.url.render_as_string(hide_password=True)
+        url = self.url.difference_update_query(["password"])
+        return url.render_as_string(hide_password=True)
 
     def close(self) -> None:
         self._engine.dispose()

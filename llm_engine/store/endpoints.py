@@ -293,6 +293,8 @@ def _all(connection: sa.Connection, lock: bool = False) -> list[EndpointRecord]:
 
 
 def _find(connection: sa.Connection, name: str, lock: bool = False) -> EndpointRecord:
+    if "\0" in name:  # PostgreSQL knows no such text
+        raise not_found(name)
     wanted = sa.select(tables.endpoints).where(table.name == name)
     row = connection.execute(wanted.with_for_update() if lock else wanted).one_or_none()
     if row is None:

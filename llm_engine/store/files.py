@@ -1,6 +1,7 @@
 """Files as records; their bytes lie in the storage. An expired file is as good as gone."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import sqlalchemy as sa
@@ -87,6 +88,12 @@ class Files:
         with self._database.reading() as connection:
             rows = connection.execute(wanted.order_by(table.expires_at).limit(limit))
             return [FileRecord(**row._mapping) for row in rows]
+
+    def known(self, files: Sequence[str]) -> set[str]:
+        """Of these ids, those of files that are there or were and are not forgotten yet."""
+        wanted = sa.select(table.id).where(table.id.in_(files))
+        with self._database.reading() as connection:
+            return set(connection.execute(wanted).scalars())
 
     def remove(self, file: str) -> FileRecord:
         """Forget it, whether it has expired or not. Raises NotFound."""

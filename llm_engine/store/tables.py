@@ -161,7 +161,7 @@ batches = Table(
     Column("dialect", String(20), nullable=False),
     Column("endpoint", String(100), nullable=False),
     Column("input_file_id", String(200), nullable=False),
-    Column("model", String(200)),
+    Column("model", String(440)),
     Column("sees_all", Boolean, nullable=False),
     Column("window_s", _Time, nullable=False),
     Column("state", String(20), nullable=False, index=True),

@@ -155,6 +155,37 @@ def test_conversations_change_and_go(client: OpenAI):
         say(client, conversation=talk.id)
 
 
+def test_two_items_with_one_id_are_refused_and_nothing_is_added(client: OpenAI):
+    def item(name: str, text: str) -> Any:
+        return {"type": "message", "role": "user", "content": text, "id": name}
+
+    talk = client.conversations.create(items=[item("msg_1", "A")])
+    for several in ([item("msg_1", "B")], [item("msg_2", "B"), item("msg_2", "C")]):
+        with pytest.raises(openai.BadRequestError) as refused:
+            client.conversations.items.create(talk.id, items=several)
+        assert (refused.value.code, refused.value.param) == ("duplicate_item", "items")
+    with pytest.raises(openai.BadRequestError):
+        client.conversations.create(items=[item("msg_1", "A"), item("msg_1", "B")])
+    [kept] = client.conversations.items.list(talk.id).data
+    assert kept.content[0].text == "A"
+
+
+def test_items_may_be_as_large_as_any_request(client: OpenAI):
+    long = {"type": "message", "role": "user", "content": "x" * (3 * 2**20)}
+    talk = client.conversations.create(items=[long])
+    client.conversations.items.create(talk.id, items=[long])
+    assert len(client.conversations.items.list(talk.id).data) == 2
+
+
+# -- what engines are asked
+
+
+def test_engines_fields_are_checked_here_as_in_chats(client: OpenAI):
+    with pytest.raises(openai.BadRequestError) as refused:
+        say(client, extra_body={"vllm_xargs": {"kv_transfer_params": "x"}})
+    assert refused.value.param == "vllm_xargs.kv_transfer_params"
+
+
 # -- in the background
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.support.cluster import START_TIMEOUT_S, Cluster, eventually, free_port
+from tests.support.cluster import START_TIMEOUT_S, Cluster, command, eventually, free_port
 from tests.support.postgres import Postgres
 
 pytestmark = pytest.mark.slow
@@ -116,9 +116,9 @@ def test_an_engine_that_dies_while_it_loads_is_started_again(cluster: Cluster):
 def engines(cluster: Cluster, endpoint: str) -> list[int]:
     """The engine processes below an endpoint's replicas."""
     title = f"ray::ServeReplica:llm-engine.{endpoint}:"
-    replicas = [p for p in cluster.processes() if " ".join(p.cmdline()).startswith(title)]
+    replicas = [p for p in cluster.processes() if " ".join(command(p)).startswith(title)]
     children = [child for replica in replicas for child in replica.children()]
-    return [c.pid for c in children if "llm_engine.engine.fake" in " ".join(c.cmdline())]
+    return [c.pid for c in children if "llm_engine.engine.fake" in " ".join(command(c))]
 
 
 def respond(cluster: Cluster, model: str, count: int, **asked: Any) -> list[str]:
@@ -267,7 +267,7 @@ def lose_ray(cluster: Cluster) -> None:
     """While the gateway is being put on it: `up` begins once more."""
     eventually(lambda: {"event": "step", "name": "Ray"} in cluster.events, 10)
     eventually(lambda: any(each.get("name") == "gateway" for each in cluster.events), 90)
-    (head,) = [p for p in cluster.processes() if {"start", "--head"} <= set(p.cmdline())]
+    (head,) = [p for p in cluster.processes() if {"start", "--head"} <= set(command(p))]
     head.kill()
     cluster.wait_for("again", 60)
 

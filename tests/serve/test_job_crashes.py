@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-import psutil
 import pytest
 from openai import OpenAI
 
-from tests.support.cluster import Cluster, eventually, free_port
+from tests.support.cluster import Cluster, command, eventually, free_port
 from tests.support.fine_tunes import example, jsonl
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
@@ -40,12 +39,17 @@ VICTIMS = ["batch", "trainer", "batch", "tune", "Ingress", "JobKeeper", "engine"
 def victims(cluster: Cluster, kind: str) -> list[int]:
     if kind not in PROGRAMS:
         return cluster.replica_pids(kind)
-    found = []
-    for process in cluster.processes():
-        with contextlib.suppress(psutil.Error):
-            if process.cmdline()[1:3] == ["-m", PROGRAMS[kind]]:
-                found.append(process.pid)
-    return found
+    running = [(process.pid, command(process)) for process in cluster.processes()]
+    return [pid for pid, words in running if words[1:3] == ["-m", PROGRAMS[kind]]]
+
+
+def strike(cluster: Cluster, kind: str) -> bool:
+    """False where there is none of them at the moment."""
+    for pid in victims(cluster, kind):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+            return True
+    return False
 
 
 class Work:
@@ -121,8 +125,7 @@ def test_what_dies_costs_no_row_and_no_step(tmp_path_factory: pytest.TempPathFac
         work = Work(cluster)
         for number, kind in enumerate(VICTIMS, 1):
             work.reach(cluster, kind, number / (len(VICTIMS) + 4))
-            pid = eventually(lambda kind=kind: victims(cluster, kind), 60, 0.1, f"no {kind}")[0]
-            os.kill(pid, signal.SIGKILL)
+            eventually(lambda kind=kind: strike(cluster, kind), 60, 0.1, f"no {kind}")
         work.reach(cluster, "tune", 0.75)
         rows, steps = work.rows(cluster), work.steps(cluster)
         assert steps < STEPS, "it was over before the power went"

@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from llm_engine.config import ENV_STORAGE
-from tests.support.cluster import eventually
+from tests.support.cluster import command, eventually
 from tests.support.fine_tunes import example, jsonl
 from tests.support.nodes import Nodes
 from tests.support.s3 import MotoServer
@@ -43,9 +43,8 @@ def settings(nodes: Nodes, server: MotoServer) -> dict[str, Any]:
 
 def is_on(nodes: Nodes, node: int, kind: str) -> bool:
     for process in psutil.Process(nodes.pid(node)).children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if process.cmdline()[1:3] == ["-m", MODULES[kind]]:
-                return True
+        if command(process)[1:3] == ["-m", MODULES[kind]]:
+            return True
     return False
 
 
@@ -53,7 +52,7 @@ def kill(pid: int) -> None:
     """With all that it has started."""
     processes = psutil.Process(pid).children(recursive=True)
     for each in [psutil.Process(pid), *processes]:
-        with contextlib.suppress(psutil.Error):
+        with contextlib.suppress(ProcessLookupError):  # it has ended by itself
             os.kill(each.pid, signal.SIGKILL)
 
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from llm_engine.storage import s3
+from llm_engine.errors import StoreUnavailable
+from llm_engine.storage import ownership, s3
 from llm_engine.storage.base import CHUNK, NoSuchObject, Storage, is_key
 
 MB = 10**6
@@ -368,3 +369,11 @@ def test_100_mb_stream_both_ways_with_flat_memory(storage):
         tracemalloc.stop()
     assert peak < 32 * MB
     assert whole(storage, "large", 99 * MB + 5, 10) == piece[5:15]
+
+
+def test_a_storage_is_one_stores(storage):
+    assert ownership.claim(storage, "store_a") is None
+    assert ownership.claim(storage, "store_a") is None
+    assert ownership.claim(storage, "store_b") == "store_a"
+    with pytest.raises(StoreUnavailable):
+        ownership.claim(storage, None)

@@ -139,6 +139,16 @@ def test_before_the_first_migration_there_is_no_identity(new_url):
         assert unmigrated.database.identity() is None
 
 
+def test_a_newer_llm_engines_store_is_left_alone_and_the_way_out_is_told(new_url):
+    with contextlib.closing(Store.open(new_url)) as store:
+        with store.database.writing() as connection:
+            connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+        for use in (store.database.migrate, store.database.is_current):
+            with pytest.raises(ConfigError, match=r"newer llm-engine.*9999.*backup"):
+                use()
+        assert SECRET not in store.database.shown
+
+
 def test_two_databases_are_not_the_same(tmp_path):
     found = []
     for name in ("a", "b"):
@@ -459,8 +469,15 @@ def test_more_callers_than_connections_wait_their_turn(on_postgresql):
     assert names == {"m"}
 
 
-def test_what_operators_read_of_an_outage_has_no_password(caplog):
-    url = f"postgresql://ann:{SECRET}@127.0.0.1:1/le"
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"postgresql://ann:{SECRET}@127.0.0.1:1/le",
+        f"postgresql://ann:{SECRET}/x@127.0.0.1:1/le",
+        f"postgresql://127.0.0.1:1/le?user=ann&password={SECRET}",
+    ],
+)
+def test_what_operators_read_of_an_outage_has_no_password(caplog, url):
     with (
         caplog.at_level(logging.WARNING, "llm_engine.store"),
         pytest.raises(StoreUnavailable) as refused,

@@ -474,3 +474,9 @@ def test_the_last_few_starts_of_each_kind_are_kept(store):
         store.endpoints.add_start("same", seconds)
     kept = [float(seconds) for seconds in range(3, LEARNED_FROM + 3)]
     assert store.endpoints.starts() == {"other": [99.5], "same": kept}
+
+
+@pytest.mark.parametrize("name", ["a\0b", "", "x" * 5000, "'; --"])
+def test_a_name_that_is_none_is_not_found(store, name):
+    with pytest.raises(NotFound):
+        store.endpoints.get(name)

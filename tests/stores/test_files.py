@@ -6,11 +6,18 @@ from dataclasses import replace
 import pytest
 
 from llm_engine import files
-from llm_engine.errors import Conflict, InvalidRequest, NotFound, StorageUnavailable
+from llm_engine.errors import (
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    StorageUnavailable,
+    StoreUnavailable,
+)
+from llm_engine.statuses import BatchState
 from llm_engine.storage.local import LocalStorage
 from llm_engine.store.idempotency import KEPT_S, Once
 from llm_engine.store.uploads import GRACE_S
-from tests.stores.making import codes, file, part, race_of, upload
+from tests.stores.making import batch, codes, file, part, race_of, upload
 
 DIGEST, OTHER_DIGEST = b"d" * 32, b"e" * 32
 ONCE = Once("ann", "files", "k", DIGEST)
@@ -103,6 +110,52 @@ def test_the_limit_is_an_owners_and_counts_what_is_being_uploaded(store):
         with pytest.raises(Conflict, match=r"files\.max_files") as refused:
             one_more()
         assert (refused.value.code, refused.value.status) == ("too_many_files", 400)
+
+
+# -- the store takes a record, and its answer is lost
+
+
+def deaf(monkeypatch, part_of_store, name):
+    """What it does is done, and then it falls silent."""
+    real = getattr(part_of_store, name)
+
+    def call(*given, **named):
+        real(*given, **named)
+        raise StoreUnavailable("The store does not answer now.")
+
+    monkeypatch.setattr(part_of_store, name, call)
+
+
+def test_a_file_whose_record_may_be_there_keeps_its_bytes(store, storage, monkeypatch):
+    deaf(monkeypatch, store.files, "add")
+    with pytest.raises(StoreUnavailable):
+        keep(storage, store)
+    [[there], _] = store.files.page("ann", limit=10)
+    assert b"".join(storage.read(there.key)) == b"abcde"
+    assert files.sweep_orphans(storage, store, time.time() + 2 * files.ORPHAN_S) == 0
+
+
+def test_an_upload_that_may_be_complete_keeps_its_bytes(store, storage, monkeypatch):
+    begun, parts = with_bytes(storage, store, b"a", b"bc")
+    deaf(monkeypatch, store.uploads, "complete")
+    with pytest.raises(StoreUnavailable):
+        files.assemble(storage, store, begun, parts, None, ONCE)
+    done = store.uploads.get(begun.id)
+    assert done.status == "completed"
+    assert b"".join(storage.read(files.key_of(done.file_id))) == b"abc"
+
+
+def test_bytes_without_a_record_go_after_a_while(store, storage):
+    kept = keep(storage, store)
+    expected = store.batches.create(batch(output_file_id="file-soon"), 10)
+    for name in ("file-nobodys", "file-soon"):
+        storage.put(files.key_of(name), b"x")
+    later = time.time() + files.ORPHAN_S
+    assert files.sweep_orphans(storage, store, later - 60) == 0  # it may be on its way
+    assert files.sweep_orphans(storage, store, later + 60) == 1
+    assert stored(storage, "files/") == sorted([kept.key, files.key_of("file-soon")])
+    store.batches.end(expected, BatchState.FAILED, output_file_id=None)
+    assert files.sweep_orphans(storage, store, later + 60) == 1
 
 
 # -- idempotency
@@ -263,8 +316,8 @@ def test_a_kept_file_is_in_both_and_a_discarded_one_in_neither(storage, store):
 
 
 def test_files_of_batches_go_after_thirty_days_and_others_never(storage, store):
-    batch = keep(storage, store, purpose="batch")
-    assert batch.expires_at == batch.created_at + 30 * 86400
+    kept = keep(storage, store, purpose="batch")
+    assert kept.expires_at == kept.created_at + 30 * 86400
     assert keep(storage, store).expires_at is None
 
 

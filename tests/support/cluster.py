@@ -96,7 +96,7 @@ class Cluster:
     def replica_pids(self, deployment: str) -> list[int]:
         """Of a deployment of the gateway."""
         title = f"ray::ServeReplica:llm-engine:{deployment}"
-        return [p.pid for p in self.processes() if " ".join(p.cmdline()).startswith(title)]
+        return [p.pid for p in self.processes() if " ".join(command(p)).startswith(title)]
 
     @property
     def url(self) -> str:
@@ -157,7 +157,7 @@ class Cluster:
         return [
             process
             for process in self.processes()
-            if process.cmdline()[1:3] == ["-m", "llm_engine.engine.vllm"]
+            if command(process)[1:3] == ["-m", "llm_engine.engine.vllm"]
             and {c.laddr.port for c in process.net_connections() if c.status == "LISTEN"} & ports
         ]
 
@@ -181,6 +181,14 @@ class Cluster:
         assert self._process is not None
         child = next(p for p in psutil.Process(self._process.pid).children() if _has_mark(p))
         return child.environ()["LLM_ENGINE_INSTANCE"]
+
+
+def command(process: psutil.Process) -> list[str]:
+    """Its command line; nothing where it has ended meanwhile."""
+    try:
+        return process.cmdline()
+    except psutil.Error:
+        return []
 
 
 def _has_mark(process: psutil.Process) -> bool:

@@ -202,3 +202,4 @@ def freeze(bench: Bench, job: Job) -> None:
                 return
         except StoreUnavailable:
             job.send_signal(signal.SIGCONT)
+            time.sleep(0.1)  # in which it ends what it has begun to write

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from llm_engine.api.llm_engine_api.batch_rows import convert, element
 from llm_engine.batches.by_path import array_of, lines_of, read_items
 from llm_engine.batches.outcomes import failure
 from llm_engine.batches.results import Spool
@@ -65,3 +66,26 @@ def test_results_are_an_array_in_the_inputs_order():
             spool.add(number, line, failed=True)
         told = json.loads(b"".join(array_of(batch_record(), spool)))
     assert [each["error"]["message"] for each in told] == ["end 0", "end 1", "end 2"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"choices": [{"text": "a", "finish_reason": "stop"}], "usage": {}},
+        {"choices": [{"finish_reason": "stop"}], "usage": {"prompt_tokens": 1}},
+        {"choices": [], "usage": None},
+        {},
+    ],
+    ids=str,
+)
+def test_an_answer_that_is_none_costs_only_its_own_row(answer):
+    line = {"response": {"status_code": 200, "body": answer}, "error": None}
+    assert element(line, "scale_v1")["error"]["message"].startswith("The model's answer has no")
+
+
+def test_items_without_end_are_refused():
+    deep: list = []
+    for _ in range(600):
+        deep = [deep]
+    with pytest.raises(InvalidRequest, match="nested too deeply"):
+        convert({"messages": deep}, "scale_v2", "item")

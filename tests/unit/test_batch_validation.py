@@ -35,6 +35,13 @@ def without(data, *path):
     return data
 
 
+def nested(levels):
+    value = []
+    for _ in range(levels):
+        value = [value]
+    return value
+
+
 def test_a_good_file_tells_its_rows_and_its_model():
     done = check(jsonl(row(i, model="m") for i in range(7)))
     assert (done.problems(), done.total, done.model) == ([], 7, "m")
@@ -59,9 +66,11 @@ def test_a_good_file_tells_its_rows_and_its_model():
         (row(1, stream=True), "streaming_unsupported", "body.stream"),
         (without(row(1), "body", "model"), "invalid_request", "body.model"),
         (row(1, model=""), "invalid_request", "body.model"),
+        (row(1, model="m" * 441), "invalid_request", "body.model"),
         (without(row(1), "body", "messages"), "invalid_request", "body.messages"),
         (row(1, model="other"), "mismatched_model", "body.model"),
         (row(1, messages="x" * 5000), "line_too_long", None),
+        (row(1, tools=nested(250)), "invalid_request", None),  # it can be read, and not sent on
     ],
 )
 def test_a_bad_line_has_its_code_param_and_number(bad, code, param):
@@ -145,3 +154,9 @@ def test_a_line_of_any_length_takes_no_memory():
     tracemalloc.stop()
     assert [(r.number, r.line, r.data is None) for r in rows] == [(0, 1, True), (1, 2, False)]
     assert peak < 4 * 2**20
+
+
+def test_what_is_quoted_can_be_kept_by_every_database():
+    done = check(jsonl([row(0) | {"custom_id": "a\0b"}, row(1) | {"custom_id": "a\0b"}]))
+    [told] = done.problems()
+    assert told["code"] == "duplicate_custom_id" and "'ab'" in told["message"]

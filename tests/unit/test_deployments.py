@@ -1,12 +1,21 @@
 """Decisions of the deployments that need no cluster to be looked at."""
 
+import asyncio
+import socket
+from dataclasses import replace
+
 import pytest
 
 from deployments.app import settings_from
-from deployments.engine import build_endpoint
+from deployments.engine import EngineReplica, build_endpoint
+from deployments.local import check_port, gateway_client
+from deployments.router import ModelRouter
 from deployments.tended import Retry, application_name, lacks
-from llm_engine.config import EndpointSettings
-from llm_engine.errors import ConfigError
+from llm_engine.addresses import cannot_listen, local_url
+from llm_engine.config import EndpointSettings, parse
+from llm_engine.errors import ConfigError, StartupError
+from llm_engine.records import Directory, Load, ReplicaReport
+from llm_engine.statuses import ReplicaState
 
 
 def endpoint(**changes) -> EndpointSettings:
@@ -74,3 +83,54 @@ def test_config_and_sections_are_not_mixed(tmp_path):
     assert settings_from({"gateway": {"port": 9001}}).gateway.port == 9001
     with pytest.raises(ConfigError, match="'gateway'"):
         settings_from({"config": str(file), "gateway": {}})
+
+
+async def test_a_replica_that_drains_is_not_called_ready_by_a_look_that_began_before():
+    """Its engine is asked how busy it is every half second; nobody must choose it afterwards."""
+
+    class Bare(EngineReplica.func_or_class):
+        def __init__(self) -> None: ...
+        def __del__(self) -> None: ...
+
+    replica = Bare()
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    class Slow:
+        async def load(self) -> Load:
+            asked.set()
+            await answer.wait()
+            return Load(running=3)
+
+    replica._engine = Slow()
+    replica._report = ReplicaReport("m", "r", "1", ReplicaState.READY, "127.0.0.1", 1, "s")
+    look = asyncio.create_task(replica._observe())
+    await asked.wait()
+    replica._report = replace(replica._report, state=ReplicaState.DRAINING)
+    answer.set()
+    await look
+    assert replica._report.state is ReplicaState.DRAINING and replica._report.load.running == 3
+
+
+async def test_a_router_that_has_restarted_says_that_it_knows_no_keys_and_models():
+    router = ModelRouter.func_or_class()
+    try:
+        assert await router.set_endpoints([]) == ([], False)
+        await router.set_directory(Directory(1))
+        assert await router.set_endpoints([]) == ([], True)
+    finally:
+        router._housekeeping.cancel()
+
+
+def test_a_gateway_on_ipv6_is_found_and_its_port_is_looked_at():
+    with socket.socket(socket.AF_INET6) as taken:
+        taken.bind(("::1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert "in use" in cannot_listen("::1", port)
+        with pytest.raises(StartupError, match=r"gateway\.port"):
+            check_port("::1", port, "gateway.port")
+        settings = parse({"gateway": {"host": "::1", "port": port}}, {})
+        with gateway_client(settings) as client:
+            assert str(client.base_url) == f"http://[::1]:{port}"
+    assert cannot_listen("::1", port) is None
+    assert local_url("0.0.0.0", 8000) == local_url("::", 8000) == "http://127.0.0.1:8000"

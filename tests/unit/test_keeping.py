@@ -64,6 +64,14 @@ def test_a_process_that_never_claims_its_batch_is_ended():
     assert deed(batch(), Seen(True, True, "", 4 * LEASE_S + 1)) is Deed.STOP
 
 
+def test_a_job_whose_lease_has_ended_while_the_store_was_away_may_take_it_again():
+    old = Seen(True, True, "", 3600.0)
+    assert deed(batch(worker="host:1", lease_until=NOW - 1), old) is Deed.NOTHING
+    assert deed(batch(worker="host:1", lease_until=NOW - 100), old) is Deed.NOTHING
+    assert deed(batch(worker="host:1", lease_until=NOW - 121), old) is Deed.STOP
+    assert deed(batch(worker="host:1", lease_until=NOW - 121), RUNS) is Deed.NOTHING  # another one
+
+
 def test_jobs_that_die_one_after_the_other_are_given_up():
     assert deed(batch(idle_starts=3), ENDED) is Deed.GIVE_UP
     assert deed(batch(starts=0), ENDED, unclaimed=3) is Deed.GIVE_UP

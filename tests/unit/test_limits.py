@@ -80,6 +80,8 @@ def test_a_ceiling_above_the_endpoints_context_is_left_to_the_engine():
          False),
         (request(messages=[{"role": "assistant", "content": None, "tool_calls": [
             {"function": {"name": "f", "arguments": "w" * 900}}]}]), False),
+        (request(messages=[{"role": "user", "content": "w", "tool_calls": [1, {}]}]), True),
+        (request(messages=[{"role": "user", "content": "w", "tool_calls": 7}]), True),
         (request(Kind.COMPLETIONS, prompt="w" * 900), False),
         (request(Kind.COMPLETIONS, prompt=[1] * 100), True),
         (request(Kind.COMPLETIONS, prompt=[1] * 101), False),

@@ -1,5 +1,6 @@
 """What is let in on the inference routes, what is refused and how, and what reaches vLLM."""
 
+import json
 from typing import Any
 
 import orjson
@@ -447,3 +448,18 @@ def test_rename() -> None:
     assert renamed.shown == "shown" and renamed.rewrite
     assert renamed.model == "demo-v2"
     assert orjson.loads(renamed.body) == {"model": "demo-v2", "messages": HI, "seed": 5}
+
+
+def test_what_could_not_be_sent_on_is_refused_at_once():
+    """As JSON, 1,000 levels can be read and 250 written."""
+    deep: Any = []
+    for _ in range(250):
+        deep = [deep]
+    body = {"model": "m", "messages": [{"role": "user", "content": "hi"}]}
+    for extra in ({"chat_template_kwargs": {"a": deep}}, {"of_an_engine": deep}):
+        with pytest.raises(InvalidRequest, match="nested too deeply"):
+            parse(Kind.CHAT, orjson.dumps(body)[:-1] + b"," + written(extra)[1:])
+
+
+def written(value: Any) -> bytes:
+    return json.dumps(value).encode()

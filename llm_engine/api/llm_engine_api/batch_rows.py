@@ -89,7 +89,10 @@ def convert(item: Any, form: str, where: str = "item") -> Body:
         raise refuse(where, _BOTH if "prompt" in given else _NEITHER)
     body = {name: value for name, value in given.items() if name not in _NOT_ITS_OWN}
     if "messages" in body:
-        body["messages"] = _without_nulls(body["messages"])
+        try:
+            body["messages"] = _without_nulls(body["messages"])
+        except RecursionError:
+            raise refuse(where, "it is nested too deeply.") from None
     _set_format(body)
     guides = [name for name in _GUIDES if name in body]
     if len(guides) > 1:
@@ -156,6 +159,8 @@ def element(result: Body, form: str) -> Body:
         return output(body, log_probs=bool(body["choices"][0].get("logprobs")))
     except APIError as error:
         return error.body()
+    except (KeyError, IndexError, TypeError):  # an external server's: anything goes
+        return _error({"message": "The model's answer has no text, or does not say what it used."})
 
 
 def _error(told: Body) -> Body:

@@ -18,6 +18,7 @@ from llm_engine.api.llm_engine_api.fields import BatchChange, BatchModel, NewBat
 from llm_engine.api.llm_engine_api.vllm_options import refuse, within
 from llm_engine.config import EndpointSettings
 from llm_engine.errors import BodyTooLarge, Conflict, InvalidRequest, NotFound
+from llm_engine.nesting import is_too_deep
 from llm_engine.records import BatchOptions, BatchRecord, Principal, Scope
 from llm_engine.services import Services
 from llm_engine.statuses import BatchState
@@ -234,12 +235,15 @@ async def _receive(request: Request, body: IO[bytes], limit: int) -> None:
 
 def _load(body: IO[bytes]) -> Any:
     body.seek(0)
+    written = body.read()
     try:
-        data = orjson.loads(body.read())
+        data = orjson.loads(written)
     except orjson.JSONDecodeError as error:
         raise InvalidRequest(f"The request body is not valid JSON: {error}.") from None
     if not isinstance(data, dict):
         raise InvalidRequest("The request body must be a JSON object.")
+    if is_too_deep(data, written):
+        raise InvalidRequest("The request body is nested too deeply.")
     return data
 
 

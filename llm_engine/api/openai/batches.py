@@ -42,7 +42,6 @@ SHORTEST_S, LONGEST_S = 600, 14 * 86400
 #: In BatchOptions.extras: the window in the caller's own words.
 WINDOW = "completion_window"
 #: Bytes of an input's first line that are looked at for its model.
-LONGEST_LOOK = 2**20
 
 _Id = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]*$")]
 
@@ -177,8 +176,9 @@ def first_model(services: Services, who: Principal, file: str) -> str | None:
         record = services.store.files.get(file)
         if not who.sees(record.owner):
             return None
-        pieces = services.storage.read(record.key, 0, LONGEST_LOOK)
-        row = next(read_rows(pieces, LONGEST_LOOK), None)
+        longest = services.settings.gateway.max_body_bytes
+        pieces = services.storage.read(record.key, 0, longest + 1)
+        row = next(read_rows(pieces, longest), None)
         model = orjson.loads(row.data if row and row.data else b"")["body"]["model"]
     except (NotFound, NoSuchObject, orjson.JSONDecodeError, TypeError, KeyError):
         return None

@@ -53,6 +53,7 @@ def build_router(services: Services) -> APIRouter:
     router = APIRouter()
     store = services.store.conversations
     most = services.settings.responses.max_conversation_items
+    largest = services.settings.gateway.max_body_bytes
 
     async def own(who: Principal, conversation: str) -> Conversation:
         found = await asyncio.to_thread(store.get, conversation)
@@ -62,7 +63,7 @@ def build_router(services: Services) -> APIRouter:
 
     @router.post(PATH)
     async def create(request: Request, who: Asker) -> Values:
-        asked = problems.parse(_NEW, await read_json(request))
+        asked = problems.parse(_NEW, await read_json(request, largest))
         first = items.whole(asked.get("items") or [], "items")
         metadata = asked.get("metadata") or {}
         made = Conversation(new_id("conv"), who.owner, time.time(), metadata)
@@ -88,7 +89,7 @@ def build_router(services: Services) -> APIRouter:
 
     @router.post(PATH + "/{conversation}/items")
     async def add_items(conversation: str, request: Request, who: Asker) -> Values:
-        asked = problems.parse(_ITEMS, await read_json(request))
+        asked = problems.parse(_ITEMS, await read_json(request, largest))
         await own(who, conversation)
         new = items.whole(asked["items"], "items")
         await asyncio.to_thread(store.add_items, conversation, new, most)

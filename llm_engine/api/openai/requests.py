@@ -16,6 +16,7 @@ from pydantic import TypeAdapter, ValidationError
 from llm_engine.api.openai import fields, problems, response_fields
 from llm_engine.api.requests import EngineRequest, Kind
 from llm_engine.errors import InvalidRequest
+from llm_engine.nesting import is_too_deep
 
 Body = dict[str, Any]
 
@@ -32,10 +33,7 @@ def parse(kind: Kind, body: bytes) -> EngineRequest:
     """Raises InvalidRequest for the first thing that is wrong."""
     data, changes = check(kind, body)
     if changes:
-        try:
-            body = orjson.dumps(changed(data, changes))
-        except TypeError:  # read it can be, and not written
-            raise InvalidRequest("The request body is nested too deeply.") from None
+        body = orjson.dumps(changed(data, changes))
     path = _ROUTES[kind].path
     if kind is Kind.EMBEDDINGS:
         # vLLM's answer has all that OpenAI requires, and may be megabytes.
@@ -57,6 +55,8 @@ def read(body: bytes) -> Body:
         raise problems.from_json(error, body) from None
     if type(data) is not dict:
         raise InvalidRequest("The request body must be a JSON object.", code="invalid_type")
+    if is_too_deep(data, body):
+        raise InvalidRequest("The request body is nested too deeply.")
     return data
 
 

@@ -8,6 +8,7 @@ from llm_engine.api.openai.fields import (
     INT32_MAX,
     INT64_MAX,
     Count,
+    ExtraArguments,
     FunctionName,
     JsonObjectFormat,
     LogitBias,
@@ -126,6 +127,7 @@ class ResponseRequest(_Common, total=False):
     min_p: Probability | None
     structured_outputs: StructuredOutputs | None
     chat_template_kwargs: dict[str, Any] | None
+    vllm_xargs: ExtraArguments | None
 
     # Labels and hints: no value of theirs may change the answer, so they are accepted as they are.
     metadata: Metadata | None
@@ -149,7 +151,7 @@ class ResponseRequest(_Common, total=False):
 VLLM_RESPONSES = frozenset(
     """
     cache_salt ignore_eos include_reasoning include_stop_str_in_output media_io_kwargs
-    mm_processor_kwargs session_id skip_special_tokens stop_token_ids vllm_xargs watermarking
+    mm_processor_kwargs session_id skip_special_tokens stop_token_ids watermarking
 """.split()
 )
 RESPONSES = TypeAdapter(ResponseRequest)

@@ -8,7 +8,7 @@ import orjson
 from fastapi import APIRouter, Depends, Query, Request
 from fastapi.responses import Response, StreamingResponse
 
-from llm_engine.api.cold import LARGEST_BODY, having
+from llm_engine.api.cold import having, read_body
 from llm_engine.api.dispatch import Dispatcher
 from llm_engine.api.http import Call
 from llm_engine.api.once import once
@@ -84,7 +84,7 @@ def parse(body: bytes) -> NewResponse:
         store=store is not False,
         previous=data.pop("previous_response_id", None),
         conversation=talk["id"] if isinstance(talk, dict) else talk,
-        request=data | ({CHANGES: changes} if changes else {}),
+        request=data | {CHANGES: changes},
     )
 
 
@@ -104,11 +104,7 @@ def build_router(services: Services, dispatcher: Dispatcher, responses: Response
 
     @router.post(PATH + "/input_tokens")
     async def count(request: Request, who: Asker) -> Values:
-        body = b""
-        async for part in request.stream():
-            body += part
-            if len(body) > LARGEST_BODY:
-                raise InvalidRequest("The request is too large to be counted.")
+        body = await read_body(request, services.settings.gateway.max_body_bytes)
         tokens = await count_tokens(services, dispatcher, who, parse(body))
         return {"object": "response.input_tokens", "input_tokens": tokens}
 

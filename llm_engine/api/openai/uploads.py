@@ -17,7 +17,14 @@ from llm_engine.api.blocking import finish, intake
 from llm_engine.api.cold import check, read_json
 from llm_engine.api.once import digest, once
 from llm_engine.api.openai.files import FileUser, NewFile, file_row
-from llm_engine.errors import BodyTooLarge, Conflict, InvalidRequest, NotFound, Unavailable
+from llm_engine.errors import (
+    BodyTooLarge,
+    Conflict,
+    InvalidRequest,
+    NotFound,
+    StoreUnavailable,
+    Unavailable,
+)
 from llm_engine.ids import new_id
 from llm_engine.records import FileRecord, Principal, UploadPart, UploadRecord
 from llm_engine.services import Services
@@ -126,15 +133,17 @@ class _Uploads:
         part = UploadPart(id, upload, taking.bytes, files.part_key(upload, id), time.time())
         key = once(request, who, "uploads.parts", upload, sha.digest())
         most_bytes = record.bytes + SPARE_PARTS * self._limits.max_part_bytes
-        kept: UploadPart | None = None
         try:
             kept = await finish(
                 self._store.uploads.add_part, part, self._limits.max_parts, most_bytes, key
             )
-        finally:
-            if kept != part:
-                with contextlib.suppress(Unavailable):
-                    await finish(self._storage.delete, part.key)
+        except StoreUnavailable:
+            raise  # it may be there: then so must its bytes. All parts go when the upload ends
+        except BaseException:
+            await self._drop(part)
+            raise
+        if kept != part:
+            await self._drop(part)
         return kept
 
     async def complete(self, who: Principal, upload: str, request: Request) -> UploadRecord:
@@ -162,6 +171,10 @@ class _Uploads:
             with contextlib.suppress(NotFound):
                 file = await asyncio.to_thread(self._store.files.get, record.file_id)
         return upload_row(record, file)
+
+    async def _drop(self, part: UploadPart) -> None:
+        with contextlib.suppress(Unavailable):
+            await finish(self._storage.delete, part.key)
 
     async def _assemble(
         self, record: UploadRecord, parts: list[UploadPart], md5: str | None, key: Once

@@ -8,7 +8,9 @@ from llm_engine.errors import InvalidRequest
 from llm_engine.responses import ResponseRecord
 
 PATH = "/v1/responses"
-CHANGES = "engine"  # in a record's `request`: what engines are asked instead
+#: In a record's `request`: what engines are asked instead. A caller's own field of that name never
+#: gets there.
+CHANGES = "engine"
 #: Of a request's fields, those that engines are not asked: they are about the response.
 _OURS = frozenset(
     """

@@ -4,10 +4,9 @@ their content in parts. No I/O."""
 import re
 from typing import Any
 
-import orjson
-
 from llm_engine.errors import InvalidRequest
 from llm_engine.ids import new_id
+from llm_engine.nesting import is_too_deep
 from llm_engine.responses import Item
 
 _PREFIX = {
@@ -18,7 +17,6 @@ _PREFIX = {
 }
 MOST_ID = 80  # characters
 _ID = re.compile(rf"[^\x00-\x1f\x7f]{{1,{MOST_ID}}}")
-_ROOM = 16  # levels around an item, wherever it is shown
 _ROLES = ("user", "system", "developer", "assistant")
 _PARTS = frozenset({"input_text", "output_text", "input_image", "input_file", "refusal"})
 _TEXTS = {"function_call": ("call_id", "name", "arguments"), "function_call_output": ("call_id",)}
@@ -63,13 +61,8 @@ def whole_item(item: Any, param: str) -> Item:
 
 def _check_depth(item: Item, param: str) -> None:
     """What is put into lists and events must still be JSON there. Raises InvalidRequest."""
-    nested: Any = item
-    for _ in range(_ROOM):
-        nested = [nested]
-    try:
-        orjson.dumps(nested)
-    except (TypeError, RecursionError):
-        raise _wrong(param, "it is nested too deeply") from None
+    if is_too_deep(item):
+        raise _wrong(param, "it is nested too deeply")
 
 
 def _message(item: Item, param: str) -> Item:

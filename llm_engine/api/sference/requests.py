@@ -57,7 +57,7 @@ def parse(body: bytes, legacy: bool) -> NewResponse:
         conversation=talk["id"] if isinstance(talk, dict) else talk,
         stream=stream,
         custom_id=custom_id,
-        request=data | ({CHANGES: changes} if changes else {}),
+        request=data | {CHANGES: changes},
     )
 
 
