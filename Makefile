@@ -7,11 +7,15 @@ setup:            ## the environment in .venv
 serve: setup      ## Ray, the gateway and the demo models on this machine; Ctrl-C ends it
 	@.venv/bin/llm-engine up $(ARGS)
 
-test: setup       ## every test, on real Ray and real vLLM
-	@.venv/bin/python -m pytest $(ARGS)
+# Most tests wait more than they compute.
+SEVERAL = -n 3 --dist loadfile
 
-test-fast: setup  ## those that need neither
-	@.venv/bin/python -m pytest -m "not slow" $(ARGS)
+test: setup       ## every test, on real Ray and real vLLM
+	@.venv/bin/python -m pytest -m "not alone" $(SEVERAL) $(ARGS)
+	@.venv/bin/python -m pytest -m alone $(ARGS)
+
+test-fast: setup  ## those that start neither
+	@.venv/bin/python -m pytest -m "not slow" $(SEVERAL) $(ARGS)
 
 lint: setup       ## ruff
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check .

@@ -62,7 +62,9 @@ class GatewaySettings(Section):
         (),
         description=f"Bearer keys; {ENV_KEYS} (comma-separated) adds to them. None: no key asked.",
     )
-    max_body_bytes: int = Field(16 * 2**20, ge=1024, description="Larger bodies get 413. Bytes.")
+    max_body_bytes: int = Field(
+        16 * 2**20, ge=1024, description="Larger requests to a model get 413. Bytes."
+    )
     request_timeout_s: float = Field(
         600, gt=0, description="Longest wait for the first byte of an answer. Seconds."
     )
@@ -282,8 +284,7 @@ class EndpointSettings(Section):
 
 
 class ClusterSettings(Section):
-    """The Ray that `llm-engine up` starts. On a cluster that is already there only `state_dir`
-    counts: where nothing else is said, the store, the files and the caches lie in it."""
+    """The Ray that `llm-engine up` starts; for any other only `state_dir` counts."""
 
     state_dir: Path = Field(
         Path("~/.llm-engine"),

@@ -165,7 +165,9 @@ class ResponseSettings(Section):
         64, ge=1, description="Of those in the background, at a time and gateway replica."
     )
     max_attempts: int = Field(
-        3, ge=1, description="Gateways that may die over one before it has failed."
+        3,
+        ge=1,
+        description="How many gateways may die while they work on one, before it has failed.",
     )
     lease_s: float = Field(
         10, ge=2, description="A gateway that is silent for so long is taken for dead. Seconds."
@@ -183,7 +185,9 @@ class ResponseSettings(Section):
         8 * 2**20, ge=2**16, description="Events that are kept of one response. Bytes."
     )
     max_conversation_items: int = Field(10_000, ge=1, description="Items in a conversation.")
-    max_streams: int = Field(1_000, ge=1, description="Streams of one owner, but archived ones.")
+    max_streams: int = Field(
+        1_000, ge=1, description="Streams of one owner; archived ones do not count."
+    )
     max_wait_s: float = Field(
         25,
         gt=0,

@@ -5,15 +5,16 @@ Pure: plain data in, plain data out. API keys never go in; the nodes have them i
 
 from typing import Any
 
-from llm_engine.config import ENV_KEYS, ENV_SECRET, ENV_STORE, Settings
+from llm_engine.config import ENV_KEYS, ENV_SECRET, ENV_STORAGE, ENV_STORE, Settings
 
 #: deployments.app.APP_NAME; a test compares the two.
 APPLICATION = "llm-engine"
 HEADER = f"""\
 # llm-engine on a Ray cluster: serve deploy FILE   (RAY_DASHBOARD_ADDRESS names the cluster)
 # API keys are not in here: give them to every node as {ENV_KEYS}=key1,key2, in the
-# environment of `ray start`. So are {ENV_STORE} (PostgreSQL: one store for all nodes) and
-# {ENV_SECRET} (encrypts the keys of external models), where they hold a secret.
+# environment of `ray start`. So are {ENV_STORE} (PostgreSQL: one store for all nodes),
+# {ENV_STORAGE} (S3, or a folder that all nodes share) and {ENV_SECRET}
+# (encrypts the keys of external models), where the configuration does not name them.
 # To add or change a model, edit user_config.endpoints and deploy again: nothing else restarts.
 """
 

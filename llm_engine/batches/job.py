@@ -189,7 +189,7 @@ class Job:
                     message = f"The model '{check.model}' does not exist or you cannot use it."
                     told = problem("model_not_found", message, "body.model", check.model_line)
                     return [told]
-                if not _passes(answer):
+                if not may_change(answer):
                     break  # there is such a model; or its rows will be told what is wrong
             if time.time() >= self._lease.record.expires_at:
                 break  # its rows will be told
@@ -306,8 +306,8 @@ class Job:
         )
 
 
-def _passes(answer: Answer) -> bool:
-    """Whether another one may come later, or from another gateway."""
+def may_change(answer: Answer) -> bool:
+    """Whether there may be another one later, or from another gateway."""
     if answer.status == 404:
         return not answer.body.startswith(b"{")  # not a gateway's own
     return answer.status in (401, 408, 429) or answer.status >= 500

@@ -11,7 +11,8 @@ from llm_engine.cli.doctor import Check, Finding, fail, ok, warn
 from llm_engine.cli.doctor_install import engine_build
 from llm_engine.cli.running import find_running
 from llm_engine.config import EndpointSettings, Settings
-from llm_engine.errors import ConfigError, StorageUnavailable
+from llm_engine.errors import ConfigError, StorageUnavailable, StoreUnavailable
+from llm_engine.storage import ownership
 from llm_engine.storage.opening import open_storage
 
 DEFAULT_AGENT_PORT = 52365
@@ -35,6 +36,7 @@ def checks(settings: Settings) -> list[Check]:
         lambda: check_memory(settings),
         lambda: check_shared_memory(settings),
         lambda: check_state_dir(settings),
+        lambda: check_store(settings),
         lambda: check_storage(settings),
     ]
 
@@ -206,15 +208,62 @@ def check_state_dir(settings: Settings) -> Iterator[Finding]:
         )
 
 
+def check_store(settings: Settings) -> Finding:
+    """Changes nothing, and makes none."""
+    check = "store"
+    if _is_to_come(settings.store_url):
+        return ok(check, "made at the first start")
+    from llm_engine.store.database import Database  # SQLAlchemy takes a while
+
+    try:
+        database = Database(settings.store_url)
+        current = database.is_current()
+    except ConfigError as error:
+        return fail(check, str(error).rstrip("."), "correct `store` in the configuration")
+    except StoreUnavailable:
+        return fail(check, "it does not answer", "see that it runs and can be reached")
+    database.close()
+    told = database.shown
+    return ok(check, told if current else f"{told}, brought up to date at the next start")
+
+
 def check_storage(settings: Settings) -> Finding:
     """Writes something, reads it and takes it away again."""
     check = "storage"
     try:
         storage = open_storage(settings)
         storage.check()
+        owner = ownership.owner(storage)
     except ConfigError as error:
         return fail(check, str(error).rstrip("."), "correct `storage` in the configuration")
     except StorageUnavailable as error:
         return fail(check, error.message.rstrip("."), "see that it runs and can be reached")
     storage.close()
+    mine = _identity(settings) if owner is not None else None
+    if mine is not None and owner != mine:
+        return warn(
+            check,
+            f"{storage.shown} belongs to another store, so nothing in it is ever cleaned up",
+            "give each store a bucket, a prefix or a folder of its own (storage.url)",
+        )
     return ok(check, f"{storage.shown} can be written")
+
+
+def _is_to_come(store: str) -> bool:
+    """A file that is not there: to open it would make it."""
+    return store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists()
+
+
+def _identity(settings: Settings) -> str | None:
+    """Of the store; None where that can't be told."""
+    if _is_to_come(settings.store_url):
+        return "none yet"
+    from llm_engine.store.database import Database
+
+    try:
+        database = Database(settings.store_url)
+        found = database.identity()
+    except (ConfigError, StoreUnavailable):
+        return None
+    database.close()
+    return found

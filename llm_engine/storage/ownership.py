@@ -7,7 +7,7 @@ another platform's, that would be everything.
 """
 
 from llm_engine.errors import StoreUnavailable
-from llm_engine.storage.base import Storage
+from llm_engine.storage.base import NoSuchObject, Storage
 
 KEY = "store"
 
@@ -22,5 +22,13 @@ def claim(storage: Storage, store: str | None) -> str | None:
         raise StoreUnavailable("The store has no tables yet.")
     if storage.create(KEY, store.encode()):
         return None
-    found = b"".join(storage.read(KEY)).decode(errors="replace").strip()
+    found = owner(storage)
     return None if found == store else found
+
+
+def owner(storage: Storage) -> str | None:
+    """The identity of the store; None: nobody has claimed it. Raises StorageUnavailable."""
+    try:
+        return b"".join(storage.read(KEY)).decode(errors="replace").strip()
+    except NoSuchObject:
+        return None

@@ -73,8 +73,8 @@ def keep(gateway: GatewayThread, data: bytes, owner: str = "ann", purpose: str =
     ).id  # fmt: skip
 
 
-def rows(count: int = 2, model: str = "fake") -> bytes:
-    body = {"model": model, "messages": [{"role": "user", "content": "hi"}]}
+def rows(count: int = 2, model: str = "fake", said: str = "hi") -> bytes:
+    body = {"model": model, "messages": [{"role": "user", "content": said}]}
     line = {"method": "POST", "url": CHAT, "body": body}
     return b"".join(
         json.dumps({"custom_id": f"r{n}"} | line).encode() + b"\n" for n in range(count)
@@ -315,6 +315,11 @@ def test_engines_of_its_own_are_like_those_of_the_models_endpoint(ann, served, k
     assert (engine["engine"], engine["vllm_args"]) == ("fake", {"seed": 3})
     assert (engine["public"], engine["fallback"]) == (False, None)
     assert engine["autoscaling"]["min_replicas"] == 1
+
+
+def test_its_first_row_may_be_long(ann, served, kept_endpoints):
+    file = keep(served, rows(1, said="x" * (3 * 2**20)))
+    assert own(ann, input_file_id=file).own_engine
 
 
 @pytest.mark.parametrize("data", [b"", b"nonsense\n", b"[]\n", b'{"body": {"model": 5}}\n'])

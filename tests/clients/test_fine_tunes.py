@@ -16,7 +16,8 @@ from llm_engine.demo import EXAMPLES, lessons
 from tests.api.test_llm_engine_dialect import import_client, use
 from tests.support.cluster import Cluster, eventually
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]  # a minute each, on two idle cores
+# A minute each, on two idle cores.
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(1200)]
 
 BASE = "demo-chat"
 ENDED = ("succeeded", "failed", "cancelled")

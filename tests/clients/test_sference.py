@@ -13,7 +13,7 @@ from sference_sdk.client import ApiError
 from tests.support.cluster import Cluster
 from tests.support.sference import old_client, sference
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 QUESTION = "What is the capital of France?"
 CHAT: dict[str, Any] = {

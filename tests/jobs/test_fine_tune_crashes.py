@@ -4,7 +4,7 @@ import pytest
 
 from tests.jobs.fine_tune_soak import soak
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 KILLS = 24
 

@@ -13,7 +13,7 @@ from llm_engine.statuses import FineTuneState
 from tests.support.cluster import eventually
 from tests.support.fine_tunes import Bench, jsonl
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 EXAMPLES, EPOCHS = 48, 8
 ASKED = {"n_epochs": EPOCHS, "batch_size": 4}

@@ -15,7 +15,7 @@ from tests.support.cluster import eventually
 from tests.support.fine_tunes import Bench
 from tests.support.nodes import Nodes
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(590)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(590)]
 
 EXAMPLES, BATCH, EPOCHS = 96, 8, 4
 ASKED = {"n_epochs": EPOCHS, "batch_size": BATCH}

@@ -16,7 +16,7 @@ from llm_engine.store.sql import Store
 from tests.support.adapters import adapter, record
 from tests.support.cluster import Cluster, eventually
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 PLAIN = "The capital of France is Paris."

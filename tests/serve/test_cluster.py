@@ -13,7 +13,7 @@ import pytest
 
 from tests.support.cluster import Cluster, eventually
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 LONG = {
     "model": "demo-chat",

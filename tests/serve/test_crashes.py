@@ -14,7 +14,7 @@ import pytest
 from tests.support.cluster import START_TIMEOUT_S, Cluster, command, eventually, free_port
 from tests.support.postgres import Postgres
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 SLOW = {"model": "none", "engine": "fake", "num_cpus": 0.1, "vllm_args": {"load_delay_s": 4.0}}
 

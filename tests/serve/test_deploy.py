@@ -11,7 +11,7 @@ import yaml
 from tests.support.cluster import eventually
 from tests.support.nodes import Nodes
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 CHAT = {"name": "demo-chat", "model": "builtin:chat"}
 TWO = {"name": "two", "model": "none", "engine": "fake", "num_cpus": 1,

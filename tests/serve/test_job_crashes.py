@@ -16,7 +16,7 @@ from openai import OpenAI
 from tests.support.cluster import Cluster, command, eventually, free_port
 from tests.support.fine_tunes import example, jsonl
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(900)]
 
 ROWS = 3000
 MODEL = {"name": "fake", "model": "none", "engine": "fake", "num_cpus": 0.1,

@@ -11,7 +11,7 @@ import pytest
 
 from tests.support.cluster import Cluster, eventually
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 

@@ -16,7 +16,7 @@ from tests.support.fine_tunes import example, jsonl
 from tests.support.nodes import Nodes
 from tests.support.s3 import MotoServer
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(590)]
+pytestmark = [pytest.mark.slow, pytest.mark.alone, pytest.mark.timeout(590)]
 
 ROWS = 4500
 MODEL = {"name": "fake", "model": "none", "engine": "fake", "num_cpus": 0.1,

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from tests.support.cluster import Cluster
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 

@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from tests.support.cluster import Cluster, eventually
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.alone]
 
 PARIS = "The capital of France is Paris."
 

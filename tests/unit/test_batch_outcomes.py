@@ -5,6 +5,7 @@ import json
 import pytest
 
 from llm_engine.batches.gateways import Answer
+from llm_engine.batches.job import may_change
 from llm_engine.batches.outcomes import Verdict, failure, judge, result
 from llm_engine.records import Usage
 
@@ -82,3 +83,21 @@ def test_usage_that_is_nonsense_counts_nothing():
 def test_a_row_without_an_answer_has_its_reason():
     line = json.loads(failure("batch_ab", 0, None, "code", "why").line)
     assert line["response"] is None and line["error"] == {"code": "code", "message": "why"}
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "passes"),
+    [
+        (200, b"{}", False),
+        (400, b"<html>", False),  # a proxy that cannot read the request: nor will it later
+        (404, b'{"error": {}}', False),
+        (404, b"no such application", True),
+        (401, b"{}", True),
+        (429, b"{}", True),
+        (503, b"{}", True),
+    ],
+)
+def test_whether_a_model_is_there_is_asked_again_only_where_the_answer_may_change(
+    status, body, passes
+):
+    assert may_change(Answer(status, body)) is passes

