@@ -22,6 +22,7 @@ logger = logging.getLogger("ray.serve")
 MOST_NAMES = 1_000
 #: A driver of several trainers does next to nothing itself.
 DRIVER_CPUS = 0.1
+_RESOURCES = {"num_cpus": "CPU", "num_gpus": "GPU"}
 
 
 class Kept(Generic[Record]):
@@ -181,8 +182,10 @@ class Kept(Generic[Record]):
                 record, f"it waits its turn: {limit} run at a time ({self.SECTION}.max_running)"
             )
         elif not job.running:
-            wanted = " and ".join(f"{self.SECTION}.{name}" for name in self._resources())
-            self._say(record, f"its job waits for a node with free CPUs ({wanted})")
+            wanted = " and ".join(
+                f"{amount:g} {_RESOURCES[name]}" for name, amount in self._resources().items()
+            )
+            self._say(record, f"its job waits for a node with room for {wanted}")
 
     def _say(self, record: Record, reason: str) -> None:
         if record.reason != reason:

@@ -12,12 +12,11 @@ from typing import Any
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobStatus, JobSubmissionClient
 
+from jobs.settings import ENV_JOB
 from llm_engine.config import Settings, dump
 from llm_engine.errors import LLMEngineError
 from llm_engine.serve_config import has_password
 
-#: What a job reads its settings and the gateways' addresses from.
-ENV_JOB = "LLM_ENGINE_JOB"
 _LIVE = (JobStatus.PENDING, JobStatus.RUNNING)
 
 

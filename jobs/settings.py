@@ -13,6 +13,7 @@ import orjson
 from llm_engine.config import Settings, parse
 from llm_engine.errors import ConfigError
 
+#: What a job reads its settings and the gateways' addresses from.
 ENV_JOB = "LLM_ENGINE_JOB"
 
 

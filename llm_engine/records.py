@@ -120,20 +120,29 @@ class Scope(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who makes a request. The place where limits of a key will be, too."""
+    """Who makes a request."""
 
     owner: str
     scopes: frozenset[Scope]
     key: str | None = None  # the key's id; None: from the configuration, or no key was asked
     batch: str | None = None  # the batch that asks, with a ticket instead of a key
     priority: int = 0  # of its requests in an engine's queue: the lower, the earlier
-    sees_all: bool = False
+    sees_all: bool = False  # a ticket of a batch whose maker did
 
     def may(self, scope: Scope) -> bool:
         return scope in self.scopes or Scope.ADMIN in self.scopes
 
     def sees(self, owner: str, public: bool = False) -> bool:
-        return public or owner == self.owner or self.sees_all or Scope.ADMIN in self.scopes
+        return public or owner == self.owner or self.sees_everything
+
+    @property
+    def sees_everything(self) -> bool:
+        return self.sees_all or Scope.ADMIN in self.scopes
+
+    @property
+    def whose(self) -> str | None:
+        """The owner of what their lists hold; None: everybody's."""
+        return None if self.sees_everything else self.owner
 
 
 @dataclass(frozen=True, slots=True)

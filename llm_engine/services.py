@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 
 import httpcore
 
-from llm_engine.api.relay import Pool
 from llm_engine.catalog import Catalog, Route
 from llm_engine.config import Settings
 from llm_engine.errors import NotFound, StoreUnavailable
 from llm_engine.metrics import IngressMetrics
 from llm_engine.records import Directory, Principal, RoutingTable
+from llm_engine.relay import Pool
 from llm_engine.routing import Balancer
 from llm_engine.safe import Safe
 from llm_engine.signing import Signer

@@ -11,15 +11,13 @@ import heapq
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import chain
-
-import orjson
 
 from llm_engine import files
+from llm_engine.batches.rows import row_of, split_lines
 from llm_engine.config import EndpointSettings
 from llm_engine.errors import APIError, Conflict, InvalidRequest, Overloaded
 from llm_engine.ids import new_id
-from llm_engine.records import BatchOptions, BatchRecord, Principal, Scope
+from llm_engine.records import BatchOptions, BatchRecord, Principal
 from llm_engine.services import Services
 from llm_engine.statuses import BatchState
 from llm_engine.storage.base import NoSuchObject
@@ -27,7 +25,6 @@ from llm_engine.store.batches import no_batch
 from llm_engine.store.files import no_file
 from llm_engine.store.idempotency import Once
 
-ROW_DIGITS = 8
 _PLAIN = BatchOptions()
 
 
@@ -41,11 +38,6 @@ class NewBatch:
     model: str | None = None
     metadata: dict[str, str] | None = None
     options: BatchOptions = _PLAIN
-
-
-def row_id(batch: str, row: int) -> str:
-    """The id of a line of results."""
-    return f"batch_req_{batch.removeprefix('batch_')}{row:0{ROW_DIGITS}d}"
 
 
 class Batches:
@@ -78,7 +70,7 @@ class Batches:
             created_at=now,
             expires_at=now + new.window_s,
             model=new.model,
-            sees_all=who.sees_all or who.may(Scope.ADMIN),
+            sees_all=who.sees_everything,
             metadata=new.metadata,
             options=new.options,
         )
@@ -152,8 +144,7 @@ class Batches:
         self, who: Principal, after: str | None, limit: int
     ) -> tuple[list[BatchRecord], bool]:
         """Newest first, and whether there are more. Raises NotFound for an unknown `after`."""
-        owner = None if who.sees_all or who.may(Scope.ADMIN) else who.owner
-        return await asyncio.to_thread(self._store.batches.page, owner, after, limit)
+        return await asyncio.to_thread(self._store.batches.page, who.whose, after, limit)
 
     async def cancel(self, who: Principal, batch: str) -> BatchRecord:
         """Its finished rows become its results. Again does nothing. Raises NotFound, or Conflict
@@ -171,7 +162,7 @@ class Batches:
         found = [
             self._lines(file) for file in (record.output_file_id, record.error_file_id) if file
         ]
-        return heapq.merge(*found, key=_row)
+        return heapq.merge(*found, key=row_of)
 
     def _lines(self, file: str) -> Iterator[bytes]:
         record = self._store.files.get(file)
@@ -180,23 +171,3 @@ class Batches:
         except NoSuchObject:
             raise no_file(file) from None
         return split_lines(pieces)
-
-
-def split_lines(pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """Whole lines with their newline; the last one may lack it."""
-    rest: list[bytes] = []
-    for piece in pieces:
-        *lines, last = piece.split(b"\n")
-        if not lines:
-            rest.append(piece)
-            continue
-        yield b"".join(chain(rest, (lines[0], b"\n")))
-        for line in lines[1:]:
-            yield line + b"\n"
-        rest = [last] if last else []
-    if rest:
-        yield b"".join(rest)
-
-
-def _row(line: bytes) -> int:
-    return int(orjson.loads(line)["id"][-ROW_DIGITS:])

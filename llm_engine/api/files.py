@@ -17,7 +17,7 @@ from llm_engine.api.blocking import finish, intake
 from llm_engine.api.multipart import Field, FileBegins, clean_name, read_form
 from llm_engine.api.once import once
 from llm_engine.errors import BodyTooLarge, InvalidRequest, NotFound, Unavailable
-from llm_engine.records import FileRecord, Principal, Scope
+from llm_engine.records import FileRecord, Principal
 from llm_engine.services import Services
 from llm_engine.store.files import ROUTE, no_file
 from llm_engine.store.idempotency import Once
@@ -114,7 +114,7 @@ class Files:
         """Their own, or all for an admin, and whether there are more."""
         return await asyncio.to_thread(
             self._store.files.page,
-            None if who.may(Scope.ADMIN) else who.owner,
+            who.whose,
             limit=limit,
             after=after,
             purpose=purpose,

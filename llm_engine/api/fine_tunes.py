@@ -23,7 +23,6 @@ from llm_engine.records import (
     FineTuneEvent,
     FineTuneRecord,
     Principal,
-    Scope,
 )
 from llm_engine.services import Services
 from llm_engine.statuses import EndpointState, FineTuneState
@@ -105,7 +104,7 @@ class FineTunes:
                 hyperparameters=asked,
                 metadata=new.metadata,
                 extras={PARENT: parent.name} if parent else {},
-                sees_all=who.sees_all or who.may(Scope.ADMIN),
+                sees_all=who.sees_everything,
             )
             try:
                 kept = await self._keep(record, once)
@@ -158,8 +157,7 @@ class FineTunes:
         that have none. Raises NotFound for an unknown `after`."""
         store = self._store.fine_tunes
         wanted = store.labelled(None if without_metadata else metadata or {})
-        owner = None if who.sees_all or who.may(Scope.ADMIN) else who.owner
-        return await asyncio.to_thread(store.page, owner, after, limit, *wanted)
+        return await asyncio.to_thread(store.page, who.whose, after, limit, *wanted)
 
     async def cancel(self, who: Principal, fine_tune: str) -> FineTuneRecord:
         """Again does nothing. Raises NotFound, or Conflict where it has ended otherwise."""

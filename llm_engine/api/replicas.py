@@ -9,7 +9,6 @@ import time
 
 from llm_engine.api import sse
 from llm_engine.api.http import Call, ClientGone
-from llm_engine.api.relay import EngineConnection, EngineLost, EngineSilent, post
 from llm_engine.api.requests import EngineRequest, Form
 from llm_engine.api.waking import Waker
 from llm_engine.engine.base import AdapterProblem
@@ -23,6 +22,7 @@ from llm_engine.errors import (
     Unavailable,
 )
 from llm_engine.records import EndpointStatus, ReplicaReport
+from llm_engine.relay import EngineConnection, EngineLost, EngineSilent, post
 from llm_engine.services import Services
 
 logger = logging.getLogger("llm_engine.api")

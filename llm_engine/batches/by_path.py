@@ -6,10 +6,10 @@ from typing import Any
 
 import orjson
 
-from llm_engine.api.batches import split_lines
 from llm_engine.api.llm_engine_api import batch_rows
 from llm_engine.batches.lease import Lease
 from llm_engine.batches.results import Spool, write
+from llm_engine.batches.rows import split_lines
 from llm_engine.batches.validation import Problem, problem
 from llm_engine.config import Settings
 from llm_engine.errors import APIError, InvalidRequest, NotFound, StorageUnavailable

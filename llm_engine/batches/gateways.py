@@ -10,8 +10,8 @@ import time
 from dataclasses import dataclass
 from urllib.parse import urlsplit
 
-from llm_engine.api.relay import CONNECT_TIMEOUT_S, EngineConnection, EngineLost
 from llm_engine.errors import ConfigError
+from llm_engine.relay import CONNECT_TIMEOUT_S, EngineConnection, EngineLost
 
 #: Servers drop idle connections; ours are dropped before that.
 IDLE_S = 2.0

@@ -6,8 +6,8 @@ from typing import Any
 
 import orjson
 
-from llm_engine.api.batches import row_id
 from llm_engine.batches.gateways import Answer
+from llm_engine.batches.rows import row_id
 from llm_engine.records import Usage
 
 EXPIRED = {

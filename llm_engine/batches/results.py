@@ -8,9 +8,8 @@ from typing import IO, Self
 
 import orjson
 
-from llm_engine.api.batches import split_lines
 from llm_engine.batches import outcomes
-from llm_engine.batches.rows import read_rows
+from llm_engine.batches.rows import read_rows, split_lines
 from llm_engine.records import BatchPart, BatchRecord
 from llm_engine.storage.base import CHUNK, NoSuchObject, Storage
 

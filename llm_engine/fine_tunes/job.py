@@ -298,7 +298,7 @@ class Job:
 
 def _with_line(event: dict[str, Any]) -> str:
     message, line = event.get("message") or "The trainer refused it.", event.get("line")
-    return f"Line {line}: {message}" if line and f"ine {line}" not in message else message
+    return f"Line {line}: {message}" if line and f"line {line}" not in message.lower() else message
 
 
 def _closing(record: FineTuneRecord) -> str:

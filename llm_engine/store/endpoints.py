@@ -1,4 +1,4 @@
-"""Endpoints as records: every change is a compare-and-set with an event, and nothing else is.
+"""Endpoints as records: each step from one state to the next is a compare-and-set with an event.
 
     create ──▶ UPDATE_PENDING ──▶ UPDATE_IN_PROGRESS ──▶ READY ◀──▶ UPDATE_FAILED
                      ▲                                     │ update │

@@ -1,4 +1,5 @@
-"""Every change of a record leaves an event, in the same transaction."""
+"""What has become of keys, endpoints, models, batches and fine-tunes: an event for each step, in
+the same transaction."""
 
 import time
 

@@ -1,8 +1,9 @@
 """Responses: what was asked, what came of it, who works on it, and the order in which they ended.
 
     queued ── claim ──▶ in_progress ── end ──▶ completed | incomplete | failed | cancelled
-      ▲                      │
-      └────── release ───────┘  (its gateway stops; one that dies is found by its lease)
+      ▲ │                    │
+      │ └─ cancelled         │  (release: its gateway stops, and one that dies is found by its
+      └─ release, put_back ──┘   lease; put_back: its model is away)
 
 Only those in the background are ever queued. What answers while its client waits is written once,
 with its end.

@@ -1,4 +1,4 @@
-"""The store: all records behind one URL. See `keys`, `endpoints` and `registered` for each kind."""
+"""The store: all records behind one URL. Each kind has a module of its own."""
 
 import time
 from collections import defaultdict

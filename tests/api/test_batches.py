@@ -11,8 +11,9 @@ import pytest
 
 from llm_engine import files
 from llm_engine.api.auth import make_key
-from llm_engine.api.batches import Batches, row_id, split_lines
+from llm_engine.api.batches import Batches
 from llm_engine.api.openai.batches import window_seconds
+from llm_engine.batches.rows import row_id, split_lines
 from llm_engine.errors import NotFound
 from llm_engine.records import BatchRecord, ModelRecord, Scope, Usage
 from llm_engine.statuses import BatchState

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llm_engine import files
-from llm_engine.api.batches import row_id
+from llm_engine.batches.rows import row_id
 from llm_engine.cli import batch_watch, transfer
 from llm_engine.cli.client import Gateway
 from llm_engine.cli.target import Target

@@ -14,7 +14,7 @@ import orjson
 from sference_sdk import SferenceClient
 
 from llm_engine import files
-from llm_engine.api.batches import row_id
+from llm_engine.batches.rows import row_id
 from llm_engine.records import BatchPart, BatchRecord, Usage
 from llm_engine.statuses import BatchState
 from tests.support.gateway import GatewayThread

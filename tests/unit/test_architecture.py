@@ -33,6 +33,14 @@ def importers(module: str, inside: str = "") -> set[str]:
     }
 
 
+def test_only_the_gateway_knows_of_routes_and_dialects():
+    around = {
+        path for path in importers("llm_engine.api") if not path.startswith("llm_engine/api/")
+    }
+    # Scale's batches may lie under a path, and only its dialect can read them there.
+    assert around == {"deployments/ingress.py", "llm_engine/batches/by_path.py"}
+
+
 @pytest.mark.parametrize("outer", ["ray", "deployments", "jobs"])
 def test_the_platform_imports_nothing_further_out(outer):
     assert importers(outer, "llm_engine") == set()

@@ -12,10 +12,12 @@ import pytest
 from deployments import keeper as keeper_module
 from deployments.kept import KeptBatches, KeptFineTunes
 from jobs.launcher import Job, LaunchError
+from llm_engine import files
 from llm_engine.fine_tunes import adapters
 from llm_engine.keeping import Deed
 from llm_engine.responses import ResponseRecord, StoredChat
 from llm_engine.statuses import BatchState, FineTuneState, ResponseState
+from llm_engine.storage import ownership
 from tests.support.batches import batch_record
 from tests.support.fine_tunes import Bench, fine_tune_record
 
@@ -248,3 +250,27 @@ def test_a_keeper_that_hangs_says_so(monkeypatch):
     stuck._looked_at -= keeper_module.LOOK_LIMIT_S + 1
     with pytest.raises(RuntimeError, match="hangs"):
         asyncio.run(stuck.check_health())
+
+
+def test_what_another_store_has_recorded_is_not_cleaned_up(bench, tmp_path, monkeypatch):
+    """As after a lost database, or where two platforms were given one prefix."""
+    for module in (adapters, files):
+        monkeypatch.setattr(module, "ORPHAN_S", -1.0)
+    theirs = ["adapters/a/manifest.json", "batches/b/parts/1", "files/file-1", "fine_tunes/f/x"]
+    for key in theirs:
+        bench.storage.put(key, b"x")
+    other = Bench(tmp_path / "other")
+    assert ownership.claim(bench.storage, other.store.database.identity()) is None
+    sweep = keeper_of(bench)._sweep_orphans
+    sweep()
+    assert [each.key for each in bench.storage.list("")] == [*theirs, ownership.KEY]
+    bench.storage.put(ownership.KEY, bench.store.database.identity().encode())
+    sweep()
+    assert [each.key for each in bench.storage.list("")] == [ownership.KEY]
+    other.close()
+
+
+def keeper_of(bench: Bench) -> Any:
+    made = object.__new__(keeper_module.JobKeeper.func_or_class)
+    made._store, made._storage = bench.store, bench.storage
+    return made

@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from llm_engine.api.relay import EngineLost, EngineSilent, Pool, post
 from llm_engine.records import ReplicaReport
+from llm_engine.relay import EngineLost, EngineSilent, Pool, post
 from llm_engine.statuses import ReplicaState
 
 Script = Callable[[asyncio.StreamReader, asyncio.StreamWriter], object]

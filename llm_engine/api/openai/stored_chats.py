@@ -27,7 +27,6 @@ from llm_engine.api.openai.files import list_row
 from llm_engine.api.openai.fine_tuning import labels_of
 from llm_engine.api.openai.requests import check_labels, not_in_batches
 from llm_engine.api.requests import EngineRequest
-from llm_engine.api.responses.operations import owner
 from llm_engine.errors import APIError, InternalError, NotFound
 from llm_engine.ids import new_id
 from llm_engine.records import Principal, Scope
@@ -243,7 +242,7 @@ def build_router(services: Services) -> APIRouter:
             return list_row([], False)
         found, more = await asyncio.to_thread(
             lambda: store.page(
-                owner(who), limit=limit, after=after, newest_first=order == "desc", model=model,
+                who.whose, limit=limit, after=after, newest_first=order == "desc", model=model,
                 metadata=labels,
             )
         )  # fmt: skip

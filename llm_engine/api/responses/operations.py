@@ -51,7 +51,7 @@ class NewResponse:
 
 
 class Responses:
-    """`work` runs what is in the background, for as long as the gateway lives."""
+    """What dialects do with responses. From `start` on those in the background are run, too."""
 
     def __init__(self, services: Services, dispatcher: Dispatcher) -> None:
         self._services = services
@@ -171,7 +171,7 @@ class Responses:
             context_until=before.until,
             stream=new.stream,
             custom_id=new.custom_id,
-            sees_all=who.sees_all or who.may(Scope.ADMIN),
+            sees_all=who.sees_everything,
         )
         return record
 
@@ -206,7 +206,7 @@ class Responses:
     ) -> tuple[list[ResponseRecord], bool]:
         """Theirs, newest first, and whether there are more."""
         return await asyncio.to_thread(
-            lambda: self._store.page(owner(who), limit=limit, after=after, stream=stream)
+            lambda: self._store.page(who.whose, limit=limit, after=after, stream=stream)
         )
 
     async def wait(self, who: Principal, response: str, seconds: float) -> ResponseRecord:
@@ -248,7 +248,7 @@ class Responses:
     ) -> tuple[list[FeedEntry], bool]:
         """As `store.responses.feed`; an empty page is waited for, up to `wait_s`."""
 
-        whose = owner(who)
+        whose = who.whose
 
         def read() -> tuple[list[FeedEntry], bool]:
             return self._store.feed(whose, stream, limit=limit, after=after, before=before)
@@ -263,11 +263,6 @@ class Responses:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout_at(until):
                     await self._tail.news(whose, stream, serial)
-
-
-def owner(who: Principal) -> str | None:
-    """Whose records a list of theirs holds; None: everybody's."""
-    return None if who.sees_all or who.may(Scope.ADMIN) else who.owner
 
 
 def framed(event: bytes) -> bytes:

@@ -8,7 +8,6 @@ from fastapi import APIRouter, Depends, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from llm_engine.api import cold
-from llm_engine.api.responses.operations import owner
 from llm_engine.api.sference.shown import stream_row
 from llm_engine.errors import InvalidRequest, NotFound
 from llm_engine.ids import new_id
@@ -75,7 +74,7 @@ class Streams:
             )
 
     async def page(self, who: Principal) -> list[Stream]:
-        found = await asyncio.to_thread(self._store.page, owner(who), MOST_LISTED)
+        found = await asyncio.to_thread(self._store.page, who.whose, MOST_LISTED)
         return [stream for stream in found if stream.window in self.windows]
 
     async def close(self, who: Principal, stream: str, state: StreamState) -> Stream:
