@@ -139,10 +139,12 @@ class Controller:
             told = self._status(each, applications, nodes)
             self._log_change(told)
             statuses.append(told)
-        told = self._router.set_endpoints.remote(statuses)
-        reports, has_directory = await asyncio.wait_for(told, 10)
-        if not has_directory:
-            self._directory_mark = None  # it has restarted since it was told
+        call = self._router.set_endpoints.remote(statuses)
+        reports, has_directory = await asyncio.wait_for(call, 10)
+        if not has_directory:  # it has restarted since it was told
+            self._directory_mark = None
+            with contextlib.suppress(StoreUnavailable):
+                await self._tell_directory()
         # Only now: what the store calls READY can be asked.
         for each, told in zip(tended, statuses, strict=True):
             await self._persist(each, told)
