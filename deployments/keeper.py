@@ -33,7 +33,7 @@ logger = logging.getLogger("ray.serve")
 #: Between two looks: when a job is to be started anew, while there are records, while there are
 #: none. New ones are told.
 HURRIED_S, BUSY_S, QUIET_S = 0.1, 1.0, 15.0
-#: Ray's client waits for an answer for ever.
+#: Of a look at the jobs: Ray's client waits for an answer for ever.
 LOOK_LIMIT_S = 900.0
 #: Between two rounds of cleaning up.
 SWEEP_S = 60.0
@@ -68,7 +68,7 @@ class JobKeeper:
         if self._loop.done():
             raise RuntimeError("the keeper's loop ended")
         if time.monotonic() - self._looked_at > LOOK_LIMIT_S:
-            raise RuntimeError("a look at the jobs does not end: Ray or the storage hangs")
+            raise RuntimeError("a look at the jobs does not end: Ray hangs")
 
     async def _run(self) -> None:
         while True:
@@ -88,10 +88,12 @@ class JobKeeper:
         """One look at everything. Returns how many seconds there are until the next."""
         if time.monotonic() - self._swept_at > SWEEP_S:
             self._swept_at = time.monotonic()
+            self._looked_at = math.inf  # it may take its time; the storage has limits of its own
             try:
                 self._sweep()
             except StorageUnavailable as error:  # jobs are looked after all the same
                 logger.warning("cleaning up: %s", error)
+            self._looked_at = time.monotonic()
         gateways = self._gateways()
         period = QUIET_S
         for kept in self._kept:

@@ -48,13 +48,14 @@ class Kept(Generic[Record]):
     def look(self, gateways: list[str]) -> tuple[bool, bool]:
         """One look at all of them. Whether there are any that go on, and whether one of them is to
         be looked at again at once."""
+        now = time.time()  # that of their leases: to ask Ray may take its time
         records = self._records.open()
         jobs = {record.id: self._see(record) for record in records}
         limits = self._limits
         deeds = decide(
             records,
             jobs,
-            time.time(),
+            now,
             max_running=limits.max_running,
             max_idle_starts=limits.max_idle_starts,
             lease_s=limits.lease_s,

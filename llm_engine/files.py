@@ -264,8 +264,10 @@ def sweep_orphans(storage: Storage, store: Store, now: float) -> int:
     gone = 0
     while some := list(islice(old, MOST_SWEPT)):
         ids = [each.key.removeprefix("files/") for each in some]
-        # What a batch is putting together has an id before it has a record.
-        known = store.files.known(ids) | store.batches.open_results()
+        # What a batch is putting together has an id before it has a record: first, for meanwhile
+        # it may get one.
+        known = store.batches.open_files()
+        known |= store.files.known(ids)
         for file in ids:
             if file not in known:
                 storage.delete(key_of(file))

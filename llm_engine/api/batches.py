@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from llm_engine import files
 from llm_engine.batches.rows import row_of, split_lines
 from llm_engine.config import EndpointSettings
-from llm_engine.errors import APIError, Conflict, InvalidRequest, Overloaded
+from llm_engine.errors import APIError, Conflict, InvalidRequest, Overloaded, StoreUnavailable
 from llm_engine.ids import new_id
 from llm_engine.records import BatchOptions, BatchRecord, Principal
 from llm_engine.services import Services
@@ -101,6 +101,8 @@ class Batches:
         )
         try:
             return await self.create(who, new, file.id)
+        except StoreUnavailable:
+            raise  # it may be there, and then needs its rows; they expire by themselves
         except APIError:  # nobody would ever learn of it
             await asyncio.to_thread(files.discard, self._storage, self._store, file.id)
             raise

@@ -16,7 +16,7 @@ from llm_engine import files
 from llm_engine.api.blocking import finish, intake
 from llm_engine.api.multipart import Field, FileBegins, clean_name, read_form
 from llm_engine.api.once import once
-from llm_engine.errors import BodyTooLarge, InvalidRequest, NotFound, Unavailable
+from llm_engine.errors import BodyTooLarge, InvalidRequest, NotFound, StoreUnavailable, Unavailable
 from llm_engine.records import FileRecord, Principal
 from llm_engine.services import Services
 from llm_engine.store.files import ROUTE, no_file
@@ -88,11 +88,14 @@ class Files:
         )
         try:
             kept = await finish(self._store.files.add, record, self._limits.max_files, asked)
+        except (StoreUnavailable, asyncio.CancelledError):
+            await finish(self._take_back, record)
+            raise
         except BaseException:
-            await finish(self._leave_nothing, record)
+            await finish(self._drop_bytes, record)
             raise
         if kept.id != file:
-            await finish(self._leave_nothing, record)
+            await finish(self._drop_bytes, record)
         return kept
 
     async def get(self, who: Principal, file: str) -> FileRecord:
@@ -160,12 +163,13 @@ class Files:
         except NotFound:  # it has expired since
             await asyncio.to_thread(self._store.idempotency.forget, *asked[:3])
 
-    def _leave_nothing(self, record: FileRecord) -> None:
-        try:
-            with contextlib.suppress(NotFound):
-                self._store.files.remove(record.id)
-        except Unavailable:
-            return  # it may be there: then so must its bytes
+    def _take_back(self, record: FileRecord) -> None:
+        """Where it is: a record that is not there now may still come, and then needs its bytes."""
+        with contextlib.suppress(NotFound, Unavailable):
+            self._store.files.remove(record.id)
+            self._drop_bytes(record)
+
+    def _drop_bytes(self, record: FileRecord) -> None:
         with contextlib.suppress(Unavailable):
             self._storage.delete(record.key)
 

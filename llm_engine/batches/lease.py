@@ -35,6 +35,11 @@ class Lease(lease.Lease[BatchRecord]):
     async def add_part(self, part: BatchPart) -> None:
         self._saw(await patiently(self._batches.add_part, self.record, part))
 
+    async def has(self, part: BatchPart) -> bool:
+        """Whether it is on record, by a try whose answer was lost."""
+        known = await asyncio.to_thread(self._batches.parts, self.record.id)
+        return any(each.key == part.key for each in known)
+
     async def finish(self, to: BatchState, results: Sequence[FileRecord], **values: Any) -> None:
         again = False
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from llm_engine.batches.lease import Lease
 from llm_engine.batches.outcomes import Finished
-from llm_engine.errors import LeaseLost, NotFound, StorageUnavailable
+from llm_engine.errors import LeaseLost, NotFound, StorageUnavailable, StoreUnavailable
 from llm_engine.patience import patiently
 from llm_engine.records import BatchPart, Usage
 from llm_engine.storage.base import Storage
@@ -125,8 +125,9 @@ class Parts:
         try:
             await self._lease.add_part(part)
         except LeaseLost:
-            with contextlib.suppress(StorageUnavailable):
-                await asyncio.to_thread(self._storage.delete, part.key)  # nobody else knows of it
+            with contextlib.suppress(StorageUnavailable, StoreUnavailable):
+                if not await self._lease.has(part):
+                    await asyncio.to_thread(self._storage.delete, part.key)
             raise
         self._number = number
         for each in rows:

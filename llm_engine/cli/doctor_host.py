@@ -210,12 +210,13 @@ def check_state_dir(settings: Settings) -> Iterator[Finding]:
 
 def check_store(settings: Settings) -> Finding:
     """Changes nothing, and makes none."""
-    check = "store"
-    if _is_to_come(settings.store_url):
-        return ok(check, "made at the first start")
-    from llm_engine.store.database import Database  # SQLAlchemy takes a while
+    from llm_engine.store.database import Database, sqlite_file  # SQLAlchemy takes a while
 
+    check = "store"
     try:
+        file = sqlite_file(settings.store_url)
+        if file is not None and not file.exists():
+            return ok(check, "made at the first start")
         database = Database(settings.store_url)
         current = database.is_current()
     except ConfigError as error:
@@ -249,18 +250,14 @@ def check_storage(settings: Settings) -> Finding:
     return ok(check, f"{storage.shown} can be written")
 
 
-def _is_to_come(store: str) -> bool:
-    """A file that is not there: to open it would make it."""
-    return store.startswith("sqlite:///") and not Path(store.removeprefix("sqlite:///")).exists()
-
-
 def _identity(settings: Settings) -> str | None:
     """Of the store; None where that can't be told."""
-    if _is_to_come(settings.store_url):
-        return "none yet"
-    from llm_engine.store.database import Database
+    from llm_engine.store.database import Database, sqlite_file
 
     try:
+        file = sqlite_file(settings.store_url)
+        if file is not None and not file.exists():
+            return "none yet"
         database = Database(settings.store_url)
         found = database.identity()
     except (ConfigError, StoreUnavailable):

@@ -1,6 +1,7 @@
 """What a job makes durable of its fine-tune: checkpoints, those of them that can be served, and in
 the end the adapter with the result file. A second try, by whatever job, does no harm."""
 
+import asyncio
 import contextlib
 import time
 from dataclasses import replace
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_engine.config_data import FineTuneSettings
-from llm_engine.errors import LeaseLost, StorageUnavailable
+from llm_engine.errors import LeaseLost, StorageUnavailable, StoreUnavailable
 from llm_engine.files import new_file_id, new_record
 from llm_engine.fine_tunes import adapters, results
 from llm_engine.fine_tunes.checkpoints import Checkpoint, Checkpoints
@@ -150,9 +151,11 @@ class Keeping:
         return adapter
 
     async def _drop(self, adapter: AdapterRecord | None) -> None:
-        """Nobody else knows of it."""
-        if adapter is not None:
-            with contextlib.suppress(StorageUnavailable):
+        """Unless it is on record, by a try whose answer was lost."""
+        if adapter is None:
+            return
+        with contextlib.suppress(StorageUnavailable, StoreUnavailable):
+            if await asyncio.to_thread(self._store.adapters.find, adapter.id) is None:
                 await patiently(adapters.drop, self._storage, adapter.id, patience_s=10)
 
     def _prune(self, checkpoint: Checkpoint) -> None:

@@ -137,10 +137,10 @@ class Batches(Leased[BatchRecord]):
 
     # -- what the keeper of all batches does
 
-    def open_results(self) -> set[str]:
-        """The ids of files that those which have not ended are putting together."""
+    def open_files(self) -> set[str]:
+        """The ids of files that those which have not ended read, or are putting together."""
         table = tables.batches.c
-        wanted = sa.select(table.output_file_id, table.error_file_id).where(
+        wanted = sa.select(table.input_file_id, table.output_file_id, table.error_file_id).where(
             table.state.not_in(self.FINAL)
         )
         with self._database.reading() as connection:

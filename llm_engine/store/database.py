@@ -209,6 +209,12 @@ def _parse(url: str) -> sa.URL:
     return parsed.set(drivername="sqlite+pysqlite", database=str(path))
 
 
+def sqlite_file(url: str) -> Path | None:
+    """Where the database lies; None: it is a server's. Raises ConfigError."""
+    parsed = _parse(url)
+    return Path(parsed.database or "") if parsed.get_backend_name() == "sqlite" else None
+
+
 def _engine(url: sa.URL) -> sa.Engine:
     return _postgresql(url) if url.get_backend_name() == "postgresql" else _sqlite(url)
 

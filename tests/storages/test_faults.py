@@ -92,7 +92,7 @@ def test_a_server_that_hangs_is_given_up(through, proxy, monkeypatch):
     started = time.monotonic()
     with pytest.raises(StorageUnavailable, match="cannot be reached"):
         through.put("a", b"x")
-    assert time.monotonic() - started < 0.3 * s3.ATTEMPTS + 3.5  # and its pauses
+    assert time.monotonic() - started < 0.3 * s3.ATTEMPTS + 10  # and its pauses
     assert len(proxy.requests) == s3.ATTEMPTS
 
 

@@ -6,6 +6,7 @@ import tracemalloc
 import pytest
 
 from llm_engine.batches import outcomes
+from llm_engine.batches.parts import Parts
 from llm_engine.batches.results import Spool, add_unfinished, write
 from llm_engine.errors import LeaseLost
 from llm_engine.records import BatchPart
@@ -90,3 +91,28 @@ def test_memory_does_not_grow_with_the_results(storage):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert size == 500 * len(line) and peak < 10 * 2**20
+
+
+class LostLease:
+    """Another job has the batch; `there`: what it finds on record of this one's parts."""
+
+    record, tag = batch_record(), "0"
+
+    def __init__(self, there: bool) -> None:
+        self.there = there
+
+    async def add_part(self, part: BatchPart) -> None:
+        raise LeaseLost("another one has it")
+
+    async def has(self, part: BatchPart) -> bool:
+        return self.there
+
+
+@pytest.mark.parametrize("there", [False, True])
+async def test_a_part_keeps_its_bytes_only_where_it_was_recorded_unheard(tmp_path, there):
+    storage = LocalStorage(tmp_path)
+    parts = Parts(LostLease(there), storage, 1, [])
+    parts.add(outcomes.Finished(0, b"{}\n", False))
+    with pytest.raises(LeaseLost):
+        await parts.flush()
+    assert len(list(storage.list("batches/"))) == there

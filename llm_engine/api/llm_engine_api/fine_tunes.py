@@ -1,5 +1,6 @@
 """FineTune.create, get, list, cancel and get_events, and Model.download."""
 
+import asyncio
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
@@ -16,7 +17,7 @@ from llm_engine.api.fine_tunes import NO_FILE, FineTunes, NewFineTune
 from llm_engine.api.llm_engine_api.fields import FineTuneBody, ModelDownload
 from llm_engine.api.llm_engine_api.hyperparameters import SPLIT, SPLIT_SHARE, Hyperparameters
 from llm_engine.api.llm_engine_api.vllm_options import refuse
-from llm_engine.errors import APIError, Conflict, InvalidRequest, NotFound
+from llm_engine.errors import APIError, Conflict, InvalidRequest, NotFound, StoreUnavailable
 from llm_engine.fine_tunes.data import check_header
 from llm_engine.fine_tunes.names import scale_name
 from llm_engine.records import FineTuneRecord, Principal, Scope
@@ -105,7 +106,7 @@ class _Creation:
         self._limits = services.settings.fine_tunes
 
     async def create(self, who: Principal, data: Values) -> FineTuneRecord:
-        """Raises APIError; then nothing was made."""
+        """Raises APIError; then nothing was made, unless it is StoreUnavailable."""
         asked = check(FineTuneBody, data)
         if asked.wandb_config is not None:
             raise refuse(
@@ -135,6 +136,8 @@ class _Creation:
                 suffix=suffix,
             )
             return await self._fine_tunes.create(who, new)
+        except (StoreUnavailable, asyncio.CancelledError):
+            raise  # it may be there, and then needs its files; they expire by themselves
         except BaseException as error:
             for file in brought:  # nobody would ever learn of it
                 await finish(files.discard, self._services.storage, self._services.store, file)

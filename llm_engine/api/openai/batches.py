@@ -41,7 +41,6 @@ _SECONDS = {"m": 60, "h": 3600, "d": 86400}
 SHORTEST_S, LONGEST_S = 600, 14 * 86400
 #: In BatchOptions.extras: the window in the caller's own words.
 WINDOW = "completion_window"
-#: Bytes of an input's first line that are looked at for its model.
 
 _Id = Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f]*$")]
 

@@ -137,7 +137,7 @@ class _Uploads:
             kept = await finish(
                 self._store.uploads.add_part, part, self._limits.max_parts, most_bytes, key
             )
-        except StoreUnavailable:
+        except (StoreUnavailable, asyncio.CancelledError):
             raise  # it may be there: then so must its bytes. All parts go when the upload ends
         except BaseException:
             await self._drop(part)
