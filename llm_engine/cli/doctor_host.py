@@ -224,7 +224,7 @@ def check_store(settings: Settings) -> Finding:
     except StoreUnavailable:
         return fail(check, "it does not answer", "see that it runs and can be reached")
     database.close()
-    told = database.shown
+    told = database.shown if file is None else str(file)
     return ok(check, told if current else f"{told}, brought up to date at the next start")
 
 
