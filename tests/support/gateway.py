@@ -53,6 +53,7 @@ class GatewayThread:
         self._thread = threading.Thread(target=self._run)
         self._stop: asyncio.Event | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
+        self._telling = asyncio.Lock()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -78,8 +79,9 @@ class GatewayThread:
     async def refresh(self) -> None:
         """What the controller does after a change of the store."""
         assert self.services is not None
-        directory = await asyncio.to_thread(self.services.store.directory)
-        self.services.update(None, directory)
+        async with self._telling:  # an older one must not be told after a newer one
+            directory = await asyncio.to_thread(self.services.store.directory)
+            self.services.update(None, directory)
 
     def _run(self) -> None:
         asyncio.run(self._serve())
