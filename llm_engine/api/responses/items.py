@@ -6,7 +6,6 @@ from typing import Any
 
 from llm_engine.errors import InvalidRequest
 from llm_engine.ids import new_id
-from llm_engine.nesting import is_too_deep
 from llm_engine.responses import Item
 
 _PREFIX = {
@@ -37,7 +36,6 @@ def whole_item(item: Any, param: str) -> Item:
     name = item.get("id")
     if name is not None and not (isinstance(name, str) and _ID.fullmatch(name)):
         raise _wrong(f"{param}.id", f"it must be a text of at most {MOST_ID} plain characters")
-    _check_depth(item, param)
     if kind == "message":
         return _message(item, param)
     if kind == "item_reference":
@@ -57,12 +55,6 @@ def whole_item(item: Any, param: str) -> Item:
     if kind == "reasoning":
         item = {"summary": []} | item
     return _named(item, kind)
-
-
-def _check_depth(item: Item, param: str) -> None:
-    """What is put into lists and events must still be JSON there. Raises InvalidRequest."""
-    if is_too_deep(item):
-        raise _wrong(param, "it is nested too deeply")
 
 
 def _message(item: Item, param: str) -> Item:

@@ -85,7 +85,6 @@ class Responses:
             raise no_responses(new.model)
         before = await context(self._services, who, new.previous, new.conversation)
         record = self._record(who, new, before)
-        engine_request(record, before, new.streamed)  # raises for what no engine can be asked
         events: list[bytes] = []
         if new.streamed:
             turn = Turn(record)
