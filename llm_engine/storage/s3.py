@@ -264,27 +264,29 @@ class S3Storage(Storage):
         """Opens at the first `next`, which gives nothing. A connection that breaks is made anew,
         and goes on where the last one ended."""
         at, end = start, None if length is None else start + length
+        version, breaks = None, 0
         with self.in_words(key):
-            found = self._get(key, at, end)
-            yield b""
-            breaks = 0
-            version = found and found["ETag"]
-            while found is not None:
-                try:
-                    with contextlib.closing(found["Body"]) as body:
+            while (found := self._get(key, at, end)) is not None:
+                with contextlib.closing(found["Body"]) as body:
+                    if version not in (None, found["ETag"]):
+                        break
+                    try:
+                        if version is None:
+                            version = found["ETag"]
+                            yield b""
                         while piece := body.read(CHUNK):
                             at, breaks = at + len(piece), 0
                             yield piece
-                    return
-                except (BotoCoreError, urllib3.exceptions.HTTPError):
-                    breaks += 1
-                    if breaks == ATTEMPTS:
-                        raise
-                found = self._get(key, at, end)
-                if found is None or found["ETag"] != version:
-                    raise StorageUnavailable(
-                        f"{key} in {self.shown} was replaced while it was read. Read it again."
-                    )
+                        return
+                    except (BotoCoreError, urllib3.exceptions.HTTPError):
+                        breaks += 1
+                        if breaks == ATTEMPTS:
+                            raise
+            if version is not None:
+                raise StorageUnavailable(
+                    f"{key} in {self.shown} was replaced while it was read. Read it again."
+                )
+            yield b""  # no byte lies there
 
     def _get(self, key: str, start: int, end: int | None) -> dict[str, Any] | None:
         """Bytes [start, end); None where there are none."""

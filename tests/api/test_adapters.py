@@ -56,7 +56,7 @@ def tuned(gateway, tmp_path):
 
 
 def openai_of(gateway, key: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=key, max_retries=0)
+    return gateway.openai(key)
 
 
 @pytest.fixture

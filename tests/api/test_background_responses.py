@@ -25,7 +25,7 @@ def gateway() -> Iterator[GatewayThread]:
 
 @pytest.fixture
 def client(gateway: GatewayThread) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as made:
+    with gateway.openai("none") as made:
         yield made
 
 

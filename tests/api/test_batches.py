@@ -41,7 +41,7 @@ def key_of(gateway: GatewayThread, owner: str, *scopes: Scope) -> str:
 
 
 def client_of(gateway: GatewayThread, key: str) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=key)
+    return gateway.openai(key)
 
 
 @pytest.fixture(scope="module")

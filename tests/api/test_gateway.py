@@ -7,6 +7,7 @@ import socket
 import time
 
 import httpx
+import psutil
 import pytest
 
 from tests.support.cluster import eventually
@@ -166,6 +167,25 @@ def open_stream(gateway, body) -> socket.socket:
     )
     connection.sendall(head.encode() + content)
     return connection
+
+
+def test_what_ends_early_leaves_no_connection_open():
+    slow = fake_endpoint("fake", vllm_args={"token_delay_s": 0.05})
+    with GatewayThread([slow]) as gateway, gateway.client() as client:
+
+        def leave(times: int) -> None:
+            for _ in range(times):
+                streams = [open_stream(gateway, chat(stream=True, max_tokens=999)) for _ in "ab"]
+                streams[0].recv(4096)
+                for stream in streams:
+                    stream.close()
+                assert client.post("/v1/chat/completions", json={}).status_code == 400
+            eventually(lambda: gateway.load("fake").depth == 0, 15, 0.05, "still generating")
+
+        leave(1)
+        before = psutil.Process().num_fds()
+        leave(20)
+        eventually(lambda: psutil.Process().num_fds() <= before + 4, 15, 0.1, "they stay open")
 
 
 def test_a_full_queue_is_429_with_retry_after():

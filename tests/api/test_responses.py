@@ -26,7 +26,7 @@ def gateway() -> Iterator[GatewayThread]:
 
 @pytest.fixture
 def client(gateway: GatewayThread) -> Iterator[OpenAI]:
-    with OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as made:
+    with gateway.openai("none") as made:
         yield made
 
 
@@ -279,8 +279,8 @@ def keys(gateway: GatewayThread) -> list[str]:
 
 def test_nobody_sees_another_owners(gateway: GatewayThread, keys: list[str]):
     with (
-        OpenAI(base_url=f"{gateway.url}/v1", api_key=keys[0], max_retries=0) as ann,
-        OpenAI(base_url=f"{gateway.url}/v1", api_key=keys[1], max_retries=0) as bob,
+        gateway.openai(keys[0]) as ann,
+        gateway.openai(keys[1]) as bob,
     ):
         made, talk = say(ann, background=True), ann.conversations.create()
         for ask in (

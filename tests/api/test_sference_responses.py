@@ -126,8 +126,7 @@ def test_it_goes_on_from_another_and_is_seen_in_openais_dialect(
     with http(gateway, client._token) as plain:
         body = {"model": "fake", "input": "and?", "previous_response_id": first.id}
         assert plain.post(URL, json=body).json()["usage"]["input_tokens"] == 3
-    there = OpenAI(base_url=f"{gateway.url}/v1", api_key=client._token, max_retries=0)
-    with there:
+    with gateway.openai(client._token) as there:
         assert there.responses.retrieve(first.id).output_text == "word " * 16
         theirs = there.responses.create(model="fake", input="hi", background=True)
         assert done(client, theirs.id).status == "completed"
@@ -314,7 +313,7 @@ def test_failed_and_cancelled_ones_are_told(gateway: GatewayThread, client: Sfer
 def test_a_cursor_outlives_its_event(gateway: GatewayThread, client: SferenceClient):
     made = [client.create_response(model="fake", input="hi").id for _ in range(2)]
     last = client.list_responses_events().data[0].completion_id
-    with OpenAI(base_url=f"{gateway.url}/v1", api_key=client._token, max_retries=0) as there:
+    with gateway.openai(client._token) as there:
         for response in made:
             there.responses.delete(response)
     assert client.list_responses_events(starting_after=last).data == []

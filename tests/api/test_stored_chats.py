@@ -56,7 +56,7 @@ def client(gateway: GatewayThread, upstream: Upstream) -> Iterator[OpenAI]:
 
 
 def client_with(gateway: GatewayThread, key: str) -> OpenAI:
-    return OpenAI(base_url=f"{gateway.url}/v1", api_key=key, max_retries=0)
+    return gateway.openai(key)
 
 
 def say(client: OpenAI, **asked: Any) -> Any:

@@ -4,6 +4,7 @@ import time
 from urllib.parse import quote
 
 import httpx
+import psutil
 import pytest
 
 from llm_engine.errors import ConfigError
@@ -115,6 +116,24 @@ def test_an_exception_leaves_no_parts_to_pay_for(make, server):
         assert server.client.list_multipart_uploads(Bucket=bucket)["Uploads"]
         raise KeyError
     assert server.client.list_multipart_uploads(Bucket=bucket).get("Uploads", []) == []
+
+
+@pytest.mark.parametrize("taken", [0, 1])
+def test_what_is_not_read_to_its_end_keeps_no_connection(make, server, taken):
+    def connections() -> int:
+        here = psutil.Process().net_connections("tcp")
+        return sum(1 for each in here if each.raddr and each.raddr.port == server.port)
+
+    storage, _ = make()
+    storage.put("a", bytes(2 * s3.PART))
+    storage.client.close()
+    before = connections()
+    pieces = storage.read("a")
+    for _ in range(taken):
+        next(pieces)
+    assert connections() == before + 1
+    pieces.close()
+    assert connections() == before
 
 
 def test_folders_that_consoles_make_are_no_objects(make, server):

@@ -1,6 +1,7 @@
 """The gateway's ASGI app under uvicorn, in a thread, in front of real fake-engine processes."""
 
 import asyncio
+import contextlib
 import shutil
 import tempfile
 import threading
@@ -9,6 +10,7 @@ from typing import Any, Self
 
 import httpx
 import uvicorn
+from openai import OpenAI
 
 from llm_engine.api.app import Gateway, build_app
 from llm_engine.config import EndpointSettings, parse
@@ -54,6 +56,7 @@ class GatewayThread:
         self._stop: asyncio.Event | None = None
         self.loop: asyncio.AbstractEventLoop | None = None
         self._telling = asyncio.Lock()
+        self._clients = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -64,11 +67,18 @@ class GatewayThread:
 
     def __exit__(self, *_: object) -> None:
         assert self.loop is not None and self._stop is not None
+        self._clients.close()
         self.loop.call_soon_threadsafe(self._stop.set)
         self._thread.join(60)
 
     def client(self, **options: Any) -> httpx.Client:
         return httpx.Client(**{"base_url": self.url, "timeout": 20, "trust_env": False, **options})
+
+    def openai(self, key: str, **options: Any) -> OpenAI:
+        """Closed with the gateway at the latest: what garbage collection finds open is told of
+        whichever test is then running."""
+        defaults = {"base_url": f"{self.url}/v1", "api_key": key, "max_retries": 0}
+        return self._clients.enter_context(OpenAI(**{**defaults, **options}))
 
     def load(self, endpoint: str, replica: int = 0) -> Load:
         """What an engine says of itself, asked on its private port."""

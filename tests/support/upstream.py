@@ -236,7 +236,7 @@ def client_of(gateway: GatewayThread, key: str = KEY) -> httpx.Client:
 
 
 def openai_of(gateway: GatewayThread) -> openai.OpenAI:
-    return openai.OpenAI(base_url=f"{gateway.url}/v1", api_key=KEY, max_retries=0)
+    return gateway.openai(KEY)
 
 
 def chat(gateway: GatewayThread, model: str = "ext", **changes: Any) -> httpx.Response:

@@ -315,20 +315,22 @@ def test_where_nothing_can_be_redrawn_events_are_lines_and_progress_is_told_at_t
 
 
 def test_events_are_asked_for_once(server):
-    found = fine_tune_watch.Events(Gateway(Target(server.url, None)), ID)
-    server.answers[EVENTS] = page(event(1), event(2), more=True)  # older ones are left
-    assert [each["id"] for each in found.new()] == ["ftevent-1", "ftevent-2"]
-    server.answers[NEXT] = page(event(1), event(2))
-    assert found.new() == []
-    server.answers[NEXT] = page(event(4), event(5), more=True)
-    server.answers[f"{NEXT}&after=ftevent-4"] = page(event(2), event(3), more=True)
-    assert [each["id"] for each in found.new()] == ["ftevent-3", "ftevent-4", "ftevent-5"]
+    with Gateway(Target(server.url, None)) as gateway:
+        found = fine_tune_watch.Events(gateway, ID)
+        server.answers[EVENTS] = page(event(1), event(2), more=True)  # older ones are left
+        assert [each["id"] for each in found.new()] == ["ftevent-1", "ftevent-2"]
+        server.answers[NEXT] = page(event(1), event(2))
+        assert found.new() == []
+        server.answers[NEXT] = page(event(4), event(5), more=True)
+        server.answers[f"{NEXT}&after=ftevent-4"] = page(event(2), event(3), more=True)
+        assert [each["id"] for each in found.new()] == ["ftevent-3", "ftevent-4", "ftevent-5"]
 
 
 def test_a_job_without_events_is_asked_again(server):
-    found = fine_tune_watch.Events(Gateway(Target(server.url, None)), ID)
-    server.answers[EVENTS] = page()
-    assert found.new() == found.new() == []
+    with Gateway(Target(server.url, None)) as gateway:
+        found = fine_tune_watch.Events(gateway, ID)
+        server.answers[EVENTS] = page()
+        assert found.new() == found.new() == []
 
 
 # How it ends.
