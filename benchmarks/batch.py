@@ -1,6 +1,6 @@
 """What batches cost: their speed beside vLLM's offline engine, their start, their neighbours.
 
-    python -m benchmarks.batch [--rounds 3] [--only alone,start,beside,memory]
+    python -m benchmarks.batch [--rounds 3] [--only alone,start,beside,memory] [--model FOLDER]
 
 alone   tokens/s of a batch with nobody else there, against `LLM.generate` on the same rows; both
         are loaded, one works at a time, in turns (A B, B A, ...)
@@ -30,14 +30,13 @@ from rich.table import Table
 from benchmarks.load import Job, LoadProcess
 from benchmarks.report import RESULTS, environment
 from benchmarks.summary import alternate, percentile
-from benchmarks.targets import HOST, LLMEngine, engine_args, vllm_environment
+from benchmarks.targets import FOLDER_ARGS, HOST, LLMEngine, engine_args, vllm_environment
 from deployments.local import free_port
 from llm_engine.config import EndpointSettings
 
 PARTS = ("alone", "start", "beside", "memory")
 GOALS = {"alone": ">= 0.95x", "start": "p50 < 5 s", "beside": "<= 1.10x", "memory": "< 1 GiB"}
 MODEL = "m"
-CHAT = EndpointSettings(name=MODEL, model="builtin:chat", num_cpus=0.5)
 #: Without weights and at once: what is left is the job's own work.
 FAKE = EndpointSettings(name=MODEL, model="none", engine="fake", num_cpus=0.1)
 ROWS, TOKENS = 1_000, 64
@@ -173,12 +172,21 @@ class Offline:
         return json.loads(answer)
 
 
-async def measure_alone(rounds: int, folder: Path, console: Console) -> dict[str, Any]:
+def endpoint_of(model: str) -> EndpointSettings:
+    if model.startswith("builtin:"):
+        return EndpointSettings(name=MODEL, model=model, num_cpus=0.5)
+    weights = str(Path(model).resolve())
+    return EndpointSettings(name=MODEL, model=weights, num_cpus=0.5, vllm_args=FOLDER_ARGS)
+
+
+async def measure_alone(
+    chat: EndpointSettings, count: int, rounds: int, folder: Path, console: Console
+) -> dict[str, Any]:
     """Tokens/s from a batch's first row to its last, and of `generate` on the same rows."""
     figures: dict[str, list[float]] = {"batch": [], "LLM.generate": []}
     whole: list[float] = []
-    async with System(CHAT, folder) as system, Offline(CHAT, folder) as offline:
-        path = system.write(rows(ROWS, TOKENS))
+    async with System(chat, folder) as system, Offline(chat, folder) as offline:
+        path = system.write(rows(count, TOKENS))
         await system.finish(await system.submit(path))  # both warm up
         await offline.generate(path)
         for number in range(rounds):
@@ -194,14 +202,16 @@ async def measure_alone(rounds: int, folder: Path, console: Console) -> dict[str
                 console.print(f"alone {number + 1}/{rounds}  {name}: {speed:.0f} tokens/s")
     pairs = zip(figures["batch"], figures["LLM.generate"], strict=True)
     return {
-        "rows": ROWS, "tokens_per_s": figures, "ratios": [a / b for a, b in pairs],
+        "rows": count, "tokens_per_s": figures, "ratios": [a / b for a, b in pairs],
         "whole_s": whole,
     }  # fmt: skip
 
 
-async def measure_start(folder: Path, console: Console, times: int = 9) -> dict[str, Any]:
+async def measure_start(
+    chat: EndpointSettings, folder: Path, console: Console, times: int = 9
+) -> dict[str, Any]:
     seconds = []
-    async with System(CHAT, folder) as system:
+    async with System(chat, folder) as system:
         path = system.write(rows(1, 16))
         for number in range(times):
             began = time.perf_counter()
@@ -211,14 +221,16 @@ async def measure_start(folder: Path, console: Console, times: int = 9) -> dict[
     return {"seconds": seconds}
 
 
-async def measure_beside(rounds: int, folder: Path, console: Console) -> dict[str, Any]:
+async def measure_beside(
+    chat: EndpointSettings, rounds: int, folder: Path, console: Console
+) -> dict[str, Any]:
     """The same streams with a batch of endless work beside them, and without."""
     load = LoadProcess()
     await load.start()
     figures: dict[str, list[dict[str, float]]] = {"without": [], "with": []}
     speeds = []
     try:
-        async with System(CHAT, folder) as system:
+        async with System(chat, folder) as system:
             path = system.write(rows(50_000, TOKENS))
             for number in range(rounds):
                 for name in alternate(list(figures), number):
@@ -332,17 +344,20 @@ def ranged(ratios: list[float]) -> str:
     return f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
-async def run(parts: list[str], rounds: int, console: Console) -> dict[str, Any]:
-    results: dict[str, Any] = {"environment": environment()}
+async def run(options: argparse.Namespace, parts: list[str], console: Console) -> dict[str, Any]:
+    results: dict[str, Any] = {"environment": environment(), "model": Path(options.model).name}
+    chat = endpoint_of(options.model)
     for part in parts:
         folder = Path(tempfile.mkdtemp(prefix="le-bench-"))
         try:
             if part == "alone":
-                results[part] = await measure_alone(rounds, folder, console)
+                results[part] = await measure_alone(
+                    chat, options.rows, options.rounds, folder, console
+                )
             elif part == "start":
-                results[part] = await measure_start(folder, console)
+                results[part] = await measure_start(chat, folder, console)
             elif part == "beside":
-                results[part] = await measure_beside(rounds, folder, console)
+                results[part] = await measure_beside(chat, options.rounds, folder, console)
             else:
                 results[part] = await measure_memory(folder, console)
         finally:
@@ -357,13 +372,17 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rows", type=int, default=ROWS, help="of the batch that runs alone")
+    parser.add_argument(
+        "--model", default="builtin:chat", help="builtin:chat, or a folder of weights"
+    )
     parser.add_argument("--only", default=",".join(PARTS), help="comma-separated")
     options = parser.parse_args()
     parts = options.only.split(",")
     if unknown := set(parts) - set(PARTS):
         parser.error(f"there is no {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     console = Console(width=120)
-    results = asyncio.run(run(parts, options.rounds, console))
+    results = asyncio.run(run(options, parts, console))
     show(results, console)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / time.strftime("batch-%Y%m%dT%H%M%SZ.json", time.gmtime())

@@ -27,6 +27,7 @@ from benchmarks.load import Job, LoadError, LoadProcess, Result
 from benchmarks.processes import used_between
 from benchmarks.summary import alternate
 from benchmarks.targets import (
+    FOLDER_ARGS,
     HOST,
     BareFake,
     BareVLLM,
@@ -40,8 +41,6 @@ from llm_engine.config import EndpointSettings
 from llm_engine.errors import LLMEngineError
 
 MODEL_NAME = "bench"
-#: For a folder of weights; the built-in model brings the same numbers along.
-FOLDER_ARGS = {"max_model_len": 2048, "max_num_seqs": 64, "kv_cache_memory_bytes": 64 * 2**20}
 QUESTIONS = (
     "What is the capital of France?",
     "Write a short story about a lighthouse.",

@@ -20,6 +20,8 @@ from llm_engine.engine.server import EngineSpec
 
 HOST = "127.0.0.1"
 START_TIMEOUT_S = 300
+#: For a folder of weights; the built-in model brings the same first two along.
+FOLDER_ARGS = {"max_model_len": 2048, "max_num_seqs": 64, "kv_cache_memory_bytes": 512 * 2**20}
 
 
 class TargetError(Exception):
