@@ -16,6 +16,7 @@ LLMEngineError
     ├── Overloaded            429  the queue is full; carries Retry-After
     ├── InternalError         500
     ├── UpstreamFailed        502  an external model answered with nonsense or an error of its own
+    │   └── UpstreamAway           it cannot be reached, or says itself that it cannot answer now
     ├── Unavailable           503  no replica can answer now; carries Retry-After
     │   ├── StoreUnavailable       the database does not answer; models do
     │   └── StorageUnavailable     bytes cannot be read or written now, or there is no room
@@ -134,6 +135,10 @@ class InternalError(APIError):
 class UpstreamFailed(APIError):
     status = 502
     code = "upstream_failed"
+
+
+class UpstreamAway(UpstreamFailed):
+    code = "upstream_unavailable"
 
 
 class Unavailable(APIError):

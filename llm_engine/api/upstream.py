@@ -29,6 +29,7 @@ from llm_engine.errors import (
     NotFound,
     Overloaded,
     TookTooLong,
+    UpstreamAway,
     UpstreamFailed,
 )
 from llm_engine.records import ModelRecord
@@ -177,14 +178,15 @@ class Upstreams:
                     retry_after=self._limits.retry_after_s,
                 )
             case httpcore.ConnectTimeout():
-                return TookTooLong(
-                    f"The upstream of '{shown}' accepts no connection within {CONNECT_TIMEOUT_S} s."
-                )
+                why = f"accepts no connection within {CONNECT_TIMEOUT_S} s"
+                return UpstreamAway(f"The upstream of '{shown}' {why}.", status=TookTooLong.status)
             case TimeoutError() | httpcore.TimeoutException():
                 return TookTooLong(
                     f"The upstream of '{shown}' did not answer within "
                     f"{self._limits.request_timeout_s:g} s (gateway.request_timeout_s)."
                 )
+            case httpcore.ConnectError():
+                return UpstreamAway(f"The upstream of '{shown}' cannot be reached: {error}.")
             case httpcore.LocalProtocolError() | httpcore.UnsupportedProtocol():
                 # Its text repeats the header that cannot be sent, which may be the key.
                 return UpstreamFailed(
@@ -299,7 +301,8 @@ class _Exchange:
         # 402: the bill of whoever registered it; 408: its own impatience.
         if 400 <= status < 500 and status not in (402, 408):
             return InvalidRequest(words, param=param, code=code)
-        return UpstreamFailed(f"{upstream} failed (HTTP {status}): {words}")
+        kind = UpstreamAway if status == 503 else UpstreamFailed
+        return kind(f"{upstream} failed (HTTP {status}): {words}")
 
     def _check_shape(self, answer: dict[str, Any]) -> None:
         """What clients take for granted. Raises one of _BAD_FORM, or UpstreamFailed."""

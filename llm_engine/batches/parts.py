@@ -76,6 +76,7 @@ class Parts:
         self._room = asyncio.Event()
         self._room.set()
         self._flushing = asyncio.Lock()
+        self._failure: Exception | None = None
 
     def add(self, finished: Finished) -> None:
         self._held.append(finished)
@@ -93,7 +94,8 @@ class Parts:
         await self._room.wait()
 
     async def run(self) -> None:
-        """For ever; `flush` writes the rest. Raises what the storage and the lease do."""
+        """For ever; `flush` writes the rest. Raises what the storage and the lease do; after that
+        nothing is written any more, for what the failed part has become is not known."""
         while True:
             await self._any.wait()
             # In a batch of days, rows that finish one by one would else make a part each.
@@ -104,12 +106,18 @@ class Parts:
 
     async def flush(self) -> None:
         async with self._flushing:
+            if self._failure is not None:
+                raise self._failure
             rows = sorted(self._held, key=lambda each: each.failed)
             self._held, self._held_bytes = [], 0
             self._any.clear()
             self._due.clear()
             if rows:
-                await self._write(rows)
+                try:
+                    await self._write(rows)
+                except Exception as error:
+                    self._failure = error
+                    raise
 
     async def _write(self, rows: list[Finished]) -> None:
         number = self._number + 1

@@ -160,7 +160,7 @@ def test_tokens_are_counted_as_the_upstream_tells_them(gateway, upstream):
         (failing(408), 502, "upstream_failed", "408"),
         (failing(413), 413, "request_too_large", "theirs"),
         (failing(500), 502, "upstream_failed", "500"),
-        (failing(503, []), 502, "upstream_failed", "no reason given"),
+        (failing(503, []), 502, "upstream_unavailable", "no reason given"),
         (failing(204, {}), 502, "upstream_failed", "204"),
         (failing(302, location="http://127.0.0.1:1/"), 502, "upstream_failed", "redirects"),
         (saying(b"<html>"), 502, "upstream_failed", "OpenAI's form"),
@@ -313,7 +313,9 @@ def test_an_upstream_that_is_not_there_is_502(gateway, upstream):
         port = taken.getsockname()[1]
         register(gateway, "nobody", KEY, url=f"http://127.0.0.1:{port}/v1")
         answer = chat(gateway, "nobody")
-    assert answer.status_code == 502 and "cannot be reached" in answer.json()["error"]["message"]
+    assert answer.status_code == 502
+    error = answer.json()["error"]
+    assert "cannot be reached" in error["message"] and error["code"] == "upstream_unavailable"
     register(gateway, "nowhere", KEY, url="http://no-such-host.invalid/v1")
     answer = chat(gateway, "nowhere")
     assert answer.status_code == 502 and "cannot be found" in answer.json()["error"]["message"]

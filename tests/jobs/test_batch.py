@@ -245,9 +245,10 @@ def test_of_a_batch_that_no_job_can_finish_what_has_finished_is_the_result(bench
     assert record.reason == error["message"] and parts_of(bench, batch) == []
 
 
-def test_a_storage_that_is_away_for_long_counts_against_no_batch(bench, monkeypatch):
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_a_storage_that_is_away_for_long_counts_against_no_batch(bench, monkeypatch, rows):
     monkeypatch.setattr(patience, "PATIENCE_S", 0.3)
-    batch = bench.batch([row(i) for i in range(20)])
+    batch = bench.batch([row(i) for i in range(rows)])
 
     def away(*_):
         raise StorageUnavailable("The storage does not answer.")
@@ -261,7 +262,7 @@ def test_a_storage_that_is_away_for_long_counts_against_no_batch(bench, monkeypa
     assert record.reason == "its storage is away: The storage does not answer."
     monkeypatch.undo()
     code, _, record = bench.run(batch)
-    assert (code, record.state, record.completed) == (0, BatchState.COMPLETED, 20)
+    assert (code, record.state, record.completed) == (0, BatchState.COMPLETED, rows)
 
 
 # -- who may work on it

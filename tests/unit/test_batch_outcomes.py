@@ -10,6 +10,7 @@ from llm_engine.batches.outcomes import Verdict, failure, judge, result
 from llm_engine.records import Usage
 
 ERROR = b'{"error": {"message": "no", "type": "x", "param": null, "code": "c"}}'
+AWAY = b'{"error": {"message": "no", "code": "upstream_unavailable"}}'
 
 
 @pytest.mark.parametrize(
@@ -28,6 +29,10 @@ ERROR = b'{"error": {"message": "no", "type": "x", "param": null, "code": "c"}}'
         (429, ERROR, Verdict.BUSY),
         (500, ERROR, Verdict.FAILED),
         (502, b"", Verdict.FAILED),
+        (502, ERROR, Verdict.FAILED),
+        (502, AWAY, Verdict.AWAY),  # an external model's server
+        (504, AWAY, Verdict.AWAY),
+        (400, AWAY, Verdict.REFUSED),
         (503, ERROR, Verdict.AWAY),
         (503, b"", Verdict.AWAY),
         (504, ERROR, Verdict.FAILED),
