@@ -167,7 +167,7 @@ class ResponseSettings(Section):
     max_attempts: int = Field(
         3,
         ge=1,
-        description="How many gateways may die while they work on one, before it has failed.",
+        description="How often the gateway or the engine of one may be lost, before it has failed.",
     )
     lease_s: float = Field(
         10, ge=2, description="A gateway that is silent for so long is taken for dead. Seconds."

@@ -15,6 +15,7 @@ LLMEngineError
     ├── BodyTooLarge          413
     ├── Overloaded            429  the queue is full; carries Retry-After
     ├── InternalError         500
+    │   └── EngineFailed           an engine failed at the request; 503 where it was lost over it
     ├── UpstreamFailed        502  an external model answered with nonsense or an error of its own
     │   └── UpstreamAway           it cannot be reached, or says itself that it cannot answer now
     ├── Unavailable           503  no replica can answer now; carries Retry-After
@@ -129,6 +130,10 @@ class Overloaded(APIError):
 
 
 class InternalError(APIError):
+    pass
+
+
+class EngineFailed(InternalError):
     pass
 
 

@@ -27,6 +27,10 @@ class EngineLost(Exception):
     """The engine closed the connection or refused it."""
 
 
+class EngineAbsent(EngineLost):
+    """It takes no connection: nothing has been asked."""
+
+
 class EngineSilent(EngineLost):
     """The deadline passed: the engine lives, and asking another would only repeat the work."""
 
@@ -185,7 +189,7 @@ class Pool:
                     EngineConnection, replica.host, replica.port
                 )
         except (OSError, TimeoutError) as error:
-            raise EngineLost(f"the engine refuses connections: {error}") from None
+            raise EngineAbsent(f"the engine refuses connections: {error}") from None
         self._active.add(connection)
         return connection
 

@@ -57,12 +57,15 @@ class ResponseEnd:
     usage: dict[str, Any] | None = None
     #: What was not asked for and the engine has chosen: temperature, top_p.
     chosen: dict[str, float] = field(default_factory=dict)
+    #: Who has answered, where it was another than was asked.
+    model: str | None = None
 
     def of(self, record: ResponseRecord) -> dict[str, Any]:
         """What the record then says."""
         said = {each.name: getattr(self, each.name) for each in fields(self)}
         chosen = said.pop("chosen")
-        return said | {"request": record.request | chosen}
+        model = self.model or record.model
+        return said | {"request": record.request | chosen, "model": model}
 
 
 @dataclass(frozen=True, slots=True)

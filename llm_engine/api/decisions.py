@@ -17,7 +17,7 @@ from typing import Any
 import orjson
 
 from llm_engine.api.decision_questions import Question, parse
-from llm_engine.api.dispatch import Dispatcher, is_of_another
+from llm_engine.api.dispatch import Dispatcher, served_by
 from llm_engine.api.http import Call, until_gone
 from llm_engine.api.requests import EngineRequest, Kind
 from llm_engine.api.responses.asking import Whole, ask, stays
@@ -95,7 +95,7 @@ class Decisions:
         are not this one's."""
         form = Whole()
         call = await ask(self._dispatcher, who, request, form, stays)
-        if is_of_another(call):
+        if served_by(call) is not None:
             raise Unavailable(
                 f"The model '{request.model}' cannot answer now, and its fallback cannot decide in "
                 "its place.",

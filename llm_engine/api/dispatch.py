@@ -134,9 +134,10 @@ class Dispatcher:
         await self._replicas.serve(call, request, form, endpoint)
 
 
-def is_of_another(call: Call) -> bool:
-    """Whether a fallback has answered it."""
-    return any(name == SERVED_BY for name, _ in call.fixed_headers)
+def served_by(call: Call) -> str | None:
+    """The fallback that has answered it, if one has."""
+    told = (value for name, value in call.fixed_headers if name == SERVED_BY)
+    return next((value.decode() for value in told), None)
 
 
 def _say_who(call: Call, name: str | None) -> None:

@@ -9,11 +9,12 @@ import time
 
 from llm_engine.api import sse
 from llm_engine.api.http import Call, ClientGone
-from llm_engine.api.requests import EngineRequest, Form
+from llm_engine.api.requests import EngineRequest, Form, Kind
 from llm_engine.api.waking import Waker
 from llm_engine.engine.base import AdapterProblem
 from llm_engine.errors import (
     APIError,
+    EngineFailed,
     InternalError,
     InvalidRequest,
     Overloaded,
@@ -22,12 +23,14 @@ from llm_engine.errors import (
     Unavailable,
 )
 from llm_engine.records import EndpointStatus, ReplicaReport
-from llm_engine.relay import EngineConnection, EngineLost, EngineSilent, post
+from llm_engine.relay import EngineAbsent, EngineConnection, EngineLost, EngineSilent, post
 from llm_engine.services import Services
 
 logger = logging.getLogger("llm_engine.api")
 
 MAX_ATTEMPTS = 3
+#: Events with which vLLM begins a response, whatever becomes of it.
+WORDLESS = 2
 STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -71,6 +74,7 @@ class Replicas:
         self, call: Call, request: EngineRequest, form: Form, endpoint: EndpointStatus
     ) -> None:
         failed: set[str] = set()
+        asked = False  # one that was lost
         last: APIError | None = None
         for _ in range(MAX_ATTEMPTS):
             try:
@@ -87,6 +91,7 @@ class Replicas:
             except EngineLost as lost:
                 logger.warning("replica %s was lost: %s", replica.replica, lost)
                 self._balancer.suspect(replica)
+                asked = asked or not isinstance(lost, EngineAbsent)
                 last = None
             except _Refused as refused:
                 last = refused.error
@@ -96,7 +101,7 @@ class Replicas:
                 self._balancer.release(replica)
             failed.add(replica.replica)
             self._metrics.retries.labels(endpoint.name).inc()
-        raise last or self._lost(endpoint)
+        raise last or self._lost(endpoint, asked)
 
     async def _ask(
         self,
@@ -140,6 +145,15 @@ class Replicas:
         connection.ask(message, time.monotonic() + self._limits.request_timeout_s - waited)
         return connection
 
+    async def _beginning(self, request: EngineRequest, connection: EngineConnection) -> bytes:
+        """The events that say more than that the engine has the request. vLLM calls a response
+        created and in progress before it has looked at it, and while it waits for its turn."""
+        data = await connection.read()
+        if request.kind is Kind.RESPONSES:
+            while sse.count(data) <= WORDLESS and (more := await connection.read()):
+                data += more
+        return data
+
     async def _stream(
         self,
         call: Call,
@@ -148,12 +162,12 @@ class Replicas:
         endpoint: EndpointStatus,
         connection: EngineConnection,
     ) -> None:
-        """Relay events as they come. The first read decides whether there is an answer at all."""
-        data = await connection.read()
-        first = sse.payloads(data)
-        if first and first[0].startswith(b'{"error"'):
-            # The engine broke before its first token: another may still answer, unseen.
-            raise self._refusal(form.error(500, first[0], request), endpoint)
+        """Relay events as they come. The first ones decide whether there is an answer at all."""
+        data = await self._beginning(request, connection)
+        for payload in sse.payloads(data):
+            if payload.startswith(b'{"error"'):
+                # The engine broke before anybody heard of it: another may still answer, unseen.
+                raise self._refusal(form.error(500, payload, request), endpoint)
         idle, now = self._limits.idle_timeout_s, time.perf_counter
         whole, rewrite = sse.Whole(), request.rewrite
         gaps = self._metrics.inter_token.labels(endpoint.name)
@@ -205,11 +219,13 @@ class Replicas:
             "tokens, or stream."
         )
 
-    def _lost(self, endpoint: EndpointStatus) -> Unavailable:
-        return Unavailable(
+    def _lost(self, endpoint: EndpointStatus, asked: bool) -> APIError:
+        return (EngineFailed if asked else Unavailable)(
             f"The model '{endpoint.name}' cannot answer now: the replicas that were asked failed "
             "before they answered.",
             param="model",
+            code=Unavailable.code,
+            status=Unavailable.status,
             retry_after=self._limits.retry_after_s,
         )
 

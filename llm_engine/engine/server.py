@@ -35,6 +35,7 @@ from llm_engine.records import Load
 
 MARK = "@llm-engine "
 EXIT_FAILED = 3
+EVENTS = b"text/event-stream"
 _PR_SET_PDEATHSIG = 1
 
 #: What this process serves; set once, by `run`.
@@ -155,6 +156,11 @@ class Guard:
         """What the engine behind the ASGI application `app` is doing."""
         raise NotImplementedError
 
+    def problem(self, error: Exception) -> dict[str, Any]:
+        """What an engine says of an error, in OpenAI's form."""
+        message = f"{type(error).__name__}: {error}"
+        return {"error": {"message": message, "type": "InternalServerError", "code": 500}}
+
     def host(self, app: Any) -> tuple[Host, int]:
         """Who loads adapters into that engine, and how many it keeps in memory."""
         raise NotImplementedError
@@ -179,9 +185,33 @@ class Guard:
             if adapter:
                 await self._with_adapter(adapter, bool(texts), scope, receive, send)
             else:
-                await self._app(scope, receive, send)
+                await self._ask(scope, receive, send)
         finally:
             self._batches -= texts
+
+    async def _ask(self, scope: Any, receive: Any, send: Any) -> None:
+        """A stream that breaks off says why: else what is wrong with a request, and is noticed only
+        once its stream has begun, would look like an engine that died over it."""
+        streams = False
+
+        async def watched(message: Any) -> None:
+            nonlocal streams
+            if message["type"] == "http.response.start":
+                streams = any(value.startswith(EVENTS) for _, value in message["headers"])
+            elif not message.get("more_body"):
+                streams = False
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except Exception as error:
+            if not streams:
+                raise
+            # The server's way to say that it came too late for an answer of its own.
+            cause = error.__cause__ if type(error) is RuntimeError else None
+            said = self.problem(cause if isinstance(cause, Exception) else error)
+            event = b"data: " + json.dumps(said).encode() + b"\n\n"
+            await send({"type": "http.response.body", "body": event})
 
     def _whole_load(self, app: Any) -> Load:
         load = replace(self.load(app), batches=self._batches)
@@ -209,7 +239,7 @@ class Guard:
             except TooMany:
                 await _answer(send, 503, {"error": {"message": "queue full", "code": 503}})
             else:
-                await self._app(scope, caller.receive, send)
+                await self._ask(scope, caller.receive, send)
 
     def _make_adapters(self, app: Any) -> Adapters:
         from llm_engine.engine.adapter_cache import AdapterCache

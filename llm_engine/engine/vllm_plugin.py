@@ -167,6 +167,15 @@ class VllmHost:
 
 
 class VllmGuard(Guard):
+    def problem(self, error: Exception) -> dict[str, Any]:
+        """In the words that vLLM has for the same error before a stream."""
+        from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+        said = create_error_response(error).model_dump()
+        if said["error"]["code"] >= 500:
+            logger.error("a stream broke off", exc_info=error)
+        return said
+
     def host(self, app: Any) -> tuple[Host, int]:
         host = VllmHost(app)
         return host, host.kept

@@ -28,6 +28,9 @@ ROUTE = "responses"  # of the idempotency keys that make them
 #: What a response goes on from is kept for longer by this share of its life: not each turn shall
 #: write all that came before it.
 KEPT_LONGER = 0.01
+#: An owner's model: another's of the same name may be another model.
+Whose = tuple[str, str]
+_WHOSE = sa.tuple_(table.owner, table.model)
 _OPEN = (ResponseState.QUEUED, ResponseState.IN_PROGRESS)
 
 
@@ -146,9 +149,9 @@ class Responses(Followed):
 
     # -- what a gateway does that works on them
 
-    def any_waiting(self, without: Sequence[str] = ()) -> bool:
+    def any_waiting(self, without: Sequence[Whose] = ()) -> bool:
         """Whether `claim` would find one."""
-        wanted = sa.select(table.id).where(_claimable(), table.model.not_in(without)).limit(1)
+        wanted = sa.select(table.id).where(_claimable(), _WHOSE.not_in(without)).limit(1)
         with self._database.reading() as connection:
             return connection.execute(wanted).one_or_none() is not None
 
@@ -159,15 +162,15 @@ class Responses(Followed):
         limit: int,
         *,
         abandoned: bool = True,
-        model: str | None = None,
-        without: Sequence[str] = (),
+        of: Whose | None = None,
+        without: Sequence[Whose] = (),
     ) -> list[ResponseRecord]:
         """Become the worker of those that wait, the oldest first; dead gateways', too, if
-        `abandoned`. Only those of `model`, or none of the models `without`."""
+        `abandoned`. Only those `of` an owner's model, or none of those `without`."""
         now = time.time()
         with self._database.writing() as connection:
             free = _claimable() if abandoned else table.state == ResponseState.QUEUED
-            mine = table.model.not_in(without) if model is None else table.model == model
+            mine = _WHOSE.not_in(without) if of is None else _WHOSE.in_([of])
             picked = sa.select(table.id).where(free, mine).order_by(table.id).limit(limit)
             ids = list(connection.execute(picked.with_for_update(skip_locked=True)).scalars())
             if not ids:
@@ -219,17 +222,18 @@ class Responses(Followed):
                 .values(worker=None, lease_until=0.0)
             )
 
-    def put_back(self, worker: str, response: str) -> bool:
-        """Its model is away: it waits again, and that it was tried does not count. False where it
-        shall be cancelled, or is another one's."""
+    def put_back(self, worker: str, response: str, counts: bool = False) -> bool:
+        """Its model is away: it waits again. `counts`: an engine was lost over it, so that it was
+        tried. False where it shall be cancelled, or is another one's."""
         mine = (table.id == response, table.worker == worker, ~table.cancel_asked)
-        return self._release(*mine) == 1
+        return self._release(*mine, counts=counts) == 1
 
     def release(self, worker: str) -> None:
         """It stops: others may claim what it has. Nobody is to blame, so it counts as no start."""
         self._release(table.worker == worker)
 
-    def _release(self, *which: sa.ColumnElement[bool]) -> int:
+    def _release(self, *which: sa.ColumnElement[bool], counts: bool = False) -> int:
+        fewer = sa.case((table.starts > 0, table.starts - 1), else_=0)
         with self._database.writing() as connection:
             return connection.execute(
                 tables.responses.update()
@@ -238,7 +242,7 @@ class Responses(Followed):
                     worker=None,
                     lease_until=0.0,
                     state=ResponseState.QUEUED,
-                    starts=sa.case((table.starts > 0, table.starts - 1), else_=0),
+                    starts=table.starts if counts else fewer,
                 )
             ).rowcount
 

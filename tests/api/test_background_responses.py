@@ -2,10 +2,16 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from openai import OpenAI
 
+from llm_engine.api.auth import make_key
+from llm_engine.api.http import Call
+from llm_engine.api.replicas import Replicas
+from llm_engine.errors import EngineFailed, Unavailable
+from llm_engine.records import Scope
 from tests.support.cluster import eventually
 from tests.support.gateway import GatewayThread, fake_endpoint
 
@@ -27,6 +33,12 @@ def gateway() -> Iterator[GatewayThread]:
 def client(gateway: GatewayThread) -> Iterator[OpenAI]:
     with gateway.openai("none") as made:
         yield made
+
+
+def key_of(gateway: GatewayThread, owner: str) -> str:
+    record, key = make_key(owner, "test", (Scope.INFERENCE,), None)
+    gateway.services.store.keys.add(record, 1000)
+    return key
 
 
 def ask(client: OpenAI, model: str, tokens: int = 2) -> str:
@@ -54,6 +66,37 @@ def test_a_model_that_is_away_keeps_nobody_elses_waiting(gateway: GatewayThread,
     for response in waiting:
         eventually(lambda r=response: is_done(client, r), 60)
         assert gateway.services.store.responses.get(response).starts == 1
+
+
+def test_one_that_engines_are_lost_over_has_failed_in_the_end(
+    client: OpenAI, monkeypatch: pytest.MonkeyPatch
+):
+    async def lost(*_: Any) -> None:
+        raise EngineFailed("It was lost.", status=503)
+
+    monkeypatch.setattr(Replicas, "serve", lost)
+    made = ask(client, "other")
+    eventually(lambda: client.responses.retrieve(made).status == "failed", 30)
+    assert "responses.max_attempts" in client.responses.retrieve(made).error.message
+
+
+def test_one_owners_absent_model_keeps_no_other_owners_waiting(
+    gateway: GatewayThread, monkeypatch: pytest.MonkeyPatch
+):
+    """They may have the same name."""
+    serve = Replicas.serve
+
+    async def serve_bob(self: Replicas, call: Call, *asked: Any) -> None:
+        if call.principal.owner == "ann":
+            raise Unavailable("Ann's model is away.")
+        await serve(self, call, *asked)
+
+    monkeypatch.setattr(Replicas, "serve", serve_bob)
+    ann, bob = (gateway.openai(key_of(gateway, owner)) for owner in ("ann", "bob"))
+    waiting = [ask(ann, "other") for _ in range(2 * RUNNING)]
+    for response in [ask(bob, "other") for _ in range(2 * RUNNING)]:
+        eventually(lambda r=response: is_done(bob, r), 20)
+    assert not any(is_done(ann, response) for response in waiting)
 
 
 def test_a_gateway_that_retires_ends_what_it_has_and_takes_up_nothing_more(

@@ -9,6 +9,8 @@ import openai
 import pytest
 from openai import OpenAI
 
+from llm_engine.api.replicas import Replicas
+from llm_engine.errors import Unavailable
 from tests.support.cluster import eventually
 from tests.support.gateway import GatewayThread, fake_endpoint
 
@@ -18,6 +20,7 @@ def gateway() -> Iterator[GatewayThread]:
     engines = [
         fake_endpoint("fake"),
         fake_endpoint("slow", vllm_args={"token_delay_s": 0.05}),
+        fake_endpoint("tired", fallback="fake"),
         fake_endpoint("vectors", task="embed"),
     ]
     with GatewayThread(engines, sections={"responses": {"max_open": 500}}) as running:
@@ -184,6 +187,35 @@ def test_engines_fields_are_checked_here_as_in_chats(client: OpenAI):
     with pytest.raises(openai.BadRequestError) as refused:
         say(client, extra_body={"vllm_xargs": {"kv_transfer_params": "x"}})
     assert refused.value.param == "vllm_xargs.kv_transfer_params"
+
+
+def test_a_field_that_is_null_is_as_if_it_were_not_there(client: OpenAI):
+    for background in (False, True):
+        made = say(client, background=background, extra_body={"suppress_tokens": None})
+        assert done(client, made.id).status == "completed"
+
+
+def test_who_answered_instead_is_told(client: OpenAI, monkeypatch: pytest.MonkeyPatch):
+    serve = Replicas.serve
+
+    async def is_tired(self: Replicas, call: Any, request: Any, form: Any, endpoint: Any) -> None:
+        if endpoint.name == "tired":
+            raise Unavailable("It is tired.")
+        await serve(self, call, request, form, endpoint)
+
+    monkeypatch.setattr(Replicas, "serve", is_tired)
+    raw = client.responses.with_raw_response
+    for stream in (False, True):
+        answer = raw.create(model="tired", input="hi", stream=stream)
+        assert answer.headers["x-llm-engine-served-by"] == "fake"
+        made = answer.parse()
+        if stream:
+            events = list(made)
+            assert events[0].response.model == "fake"
+            made = events[-1].response
+        assert made.model == "fake" == client.responses.retrieve(made.id).model
+    later = client.responses.create(model="tired", input="hi", background=True)
+    assert done(client, later.id).model == "fake"
 
 
 # -- in the background

@@ -5,7 +5,7 @@ import time
 from typing import Any
 
 import pytest
-from openai import OpenAI
+from openai import BadRequestError, OpenAI
 from pydantic import BaseModel
 
 from tests.support.cluster import Cluster, eventually
@@ -140,6 +140,18 @@ def test_cancelled_within_a_second(client: OpenAI, cluster: Cluster):
     began = time.monotonic()
     assert client.responses.cancel(made.id).status in ("cancelled", "completed")
     assert time.monotonic() - began < 4, "so long it takes by itself"
+
+
+def test_what_only_the_engine_can_refuse_is_the_callers_mistake(client: OpenAI):
+    """vLLM has begun its stream when it notices."""
+    wrong = {"logit_bias": {"999999": 1}}
+    for stream in (False, True):
+        with pytest.raises(BadRequestError, match="logit_bias"):
+            say(client, stream=stream, extra_body=wrong)
+    made = say(client, background=True, extra_body=wrong)
+    ended = eventually(lambda: (r := client.responses.retrieve(made.id)).error and r, 20)
+    assert (ended.status, ended.error.code) == ("failed", "invalid_prompt")
+    assert "logit_bias" in ended.error.message
 
 
 def test_tokens_are_counted(client: OpenAI):

@@ -216,6 +216,9 @@ def test_one_whose_model_is_away_waits_again_and_its_start_does_not_count(store:
     assert store.responses.put_back("w1", made.id)
     (again,) = store.responses.claim("w2", LEASE_S, 9)
     assert (again.id, again.starts) == (made.id, 1)
+    assert store.responses.put_back("w2", made.id, counts=True)
+    (again,) = store.responses.claim("w2", LEASE_S, 9)
+    assert (again.id, again.starts) == (made.id, 2)
     store.responses.ask_cancel(other.id)
     assert not store.responses.put_back("w1", other.id)
     assert store.responses.held("w1") == {other.id: True}
@@ -223,10 +226,13 @@ def test_one_whose_model_is_away_waits_again_and_its_start_does_not_count(store:
 
 def test_claimed_by_its_model(store: Store):
     of = {model: [add(store, model=model).id for _ in range(3)] for model in ("a", "b", "c")}
-    others = store.responses.claim("w1", LEASE_S, 9, without=["a", "b"])
+    a, b = ("ann", "a"), ("ann", "b")
+    others = store.responses.claim("w1", LEASE_S, 9, without=[a, b])
     assert [each.id for each in others] == of["c"]
-    assert not store.responses.any_waiting(["a", "b"]) and store.responses.any_waiting(["a"])
-    (one,) = store.responses.claim("w1", LEASE_S, 1, model="b")
+    assert not store.responses.any_waiting([a, b]) and store.responses.any_waiting([a])
+    assert store.responses.any_waiting([a, ("bob", "b")])
+    assert not store.responses.claim("w1", LEASE_S, 1, of=("bob", "b"))
+    (one,) = store.responses.claim("w1", LEASE_S, 1, of=b)
     assert one.id == of["b"][0]
     assert len(store.responses.claim("w1", LEASE_S, 9)) == 5
 

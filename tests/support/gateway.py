@@ -148,6 +148,6 @@ class GatewayThread:
                 endpoint.name, endpoint.model, endpoint.task, EndpointState.READY,
                 max_queue=endpoint.max_queue, max_model_len=8192, created=1,
                 generation=generation(endpoint), max_adapters=endpoint.adapter_slots,
-                max_adapter_rank=endpoint.max_adapter_rank,
+                max_adapter_rank=endpoint.max_adapter_rank, fallback=endpoint.fallback,
             )  # fmt: skip
         return table

@@ -1,6 +1,7 @@
 """Engine processes: started, watched, explained, ended. vLLM's own are in tests/serve."""
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import time
 import pytest
 
 from llm_engine.config import EndpointSettings
+from llm_engine.engine import server
 from llm_engine.engine.process import EngineProcess, engine_environment, explain
 from llm_engine.engine.server import EngineSpec
 from llm_engine.engine.vllm import effective_args, to_command_line
@@ -121,6 +123,43 @@ def test_an_engine_does_not_see_the_gateways_keys(monkeypatch):
     monkeypatch.setenv("LLM_ENGINE_API_KEYS", "sk-secret")
     environment = engine_environment(settings(env={"A": "b"}))
     assert environment["A"] == "b" and "sk-secret" not in str(environment)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+async def test_a_stream_that_breaks_off_says_why(monkeypatch, wrapped):
+    sent = await answers_of(monkeypatch, b"text/event-stream; charset=utf-8", wrapped)
+    error = json.loads(sent[-1]["body"].removeprefix(b"data: "))["error"]
+    assert (error["message"], error["code"]) == ("ValueError: no such token", 500)
+    assert sent[1]["body"] == b"..."
+
+
+async def test_what_is_no_stream_is_cut(monkeypatch):
+    with pytest.raises(ValueError, match="no such token"):
+        await answers_of(monkeypatch, b"application/json", False)
+
+
+async def answers_of(monkeypatch, content_type, wrapped):
+    """What the guard of an engine sends that fails with its answer half told."""
+
+    async def app(scope, receive, send):
+        headers = [(b"content-type", content_type)]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.body", "body": b"...", "more_body": True})
+        error = ValueError("no such token")
+        if wrapped:  # as Starlette does with errors for which there is an answer
+            raise RuntimeError("response already started") from error
+        raise error
+
+    monkeypatch.setattr(server, "_spec", EngineSpec.of(settings(), secret="s"))
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"x-engine-secret", b"s")]
+    scope = {"type": "http", "path": "/v1/responses", "headers": headers}
+    await server.Guard(app)(scope, None, send)
+    return sent
 
 
 def test_an_engines_secret_is_not_shown():

@@ -14,6 +14,7 @@ from llm_engine.api.requests import EngineRequest, Kind
 from llm_engine.engine.base import AdapterProblem
 from llm_engine.errors import (
     APIError,
+    EngineFailed,
     InternalError,
     InvalidRequest,
     NotFound,
@@ -352,9 +353,9 @@ def test_context_length_message() -> None:
     ("status", "body", "kind"),
     [
         (404, b'{"detail":"Not Found"}', InvalidRequest),
-        (403, b'{"error":"this port is private to llm-engine"}', InternalError),
-        (500, b"Internal Server Error", InternalError),
-        (502, b"", InternalError),
+        (403, b'{"error":"this port is private to llm-engine"}', EngineFailed),
+        (500, b"Internal Server Error", EngineFailed),
+        (502, b"", EngineFailed),
         (503, b"", Overloaded),
         (400, b"[]", InvalidRequest),
         (501, told("no beam search", 501, "NotImplementedError"), InvalidRequest),
@@ -374,7 +375,8 @@ def test_retry_after() -> None:
     busy = engine_error(503, told("queue full", 503), ask_chat())
     dead = engine_error(500, told(DEAD, 500), ask_chat())
     assert isinstance(busy, Overloaded) and busy.retry_after == 1
-    assert isinstance(dead, Unavailable) and dead.retry_after == 1
+    assert isinstance(dead, EngineFailed)
+    assert (dead.status, dead.code, dead.retry_after) == (503, "model_not_ready", 1)
 
 
 @pytest.mark.parametrize(

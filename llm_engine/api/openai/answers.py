@@ -16,6 +16,7 @@ from llm_engine.api.requests import EngineRequest, Kind
 from llm_engine.engine.base import AdapterProblem
 from llm_engine.errors import (
     APIError,
+    EngineFailed,
     InternalError,
     InvalidRequest,
     NotFound,
@@ -218,14 +219,17 @@ def _unknown(request: EngineRequest) -> NotFound:
 def _engine_failed(status: int, told: Object, request: EngineRequest) -> APIError:
     dead = "EngineCore" in str(told.get("message"))
     if dead or status == 503:
-        return Unavailable(
+        kind = EngineFailed if dead else Unavailable
+        return kind(
             f"The model '{request.called}' cannot answer now: its engine failed. Try again "
             "shortly.",
             param="model",
+            code=Unavailable.code,
+            status=Unavailable.status,
             retry_after=1,
         )
     # vLLM's words are for its operator, and in its own log.
-    return InternalError(f"The engine of the model '{request.called}' failed at this request.")
+    return EngineFailed(f"The engine of the model '{request.called}' failed at this request.")
 
 
 def _refused(told: Object, request: EngineRequest) -> InvalidRequest:

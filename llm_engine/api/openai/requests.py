@@ -269,7 +269,9 @@ def _check_response(data: Body) -> Body:
             raise problems.invalid(
                 f"Invalid '{param}': it needs 'store' to be true.", param, "invalid_value"
             )
-    changes = _check_generate({k: v for k, v in data.items() if k != "stream_options"})
+    found = _check_generate({k: v for k, v in data.items() if k != "stream_options"})
+    # Kept as JSON with the response; what is null goes where the engine is asked.
+    changes = {k: None if v is _DROP else v for k, v in found.items()}
     if get("tool_choice") is not None:
         changes |= _check_function_choice(data)
     include = get("include") or []

@@ -13,7 +13,8 @@ from llm_engine.api.requests import EngineRequest, Form
 from llm_engine.errors import APIError
 from llm_engine.records import Principal
 
-Progress = Callable[[], Awaitable[None]]
+#: With the call within: its headers tell who answers.
+Progress = Callable[[Call], Awaitable[None]]
 
 
 class Whole:
@@ -55,7 +56,7 @@ async def ask(
 
     async def send(message: dict[str, Any]) -> None:
         if progress is not None:
-            await progress()
+            await progress(call)
 
     scope = {"type": "http", "method": "POST", "path": request.path, "headers": []}
     call = Call(scope, receive, send, tell_id=False)

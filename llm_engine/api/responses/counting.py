@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from llm_engine.api.dispatch import Dispatcher, is_of_another
+from llm_engine.api.dispatch import Dispatcher, served_by
 from llm_engine.api.requests import Kind
 from llm_engine.api.responses.asking import Whole, ask, stays
 from llm_engine.api.responses.context import context
@@ -32,7 +32,7 @@ async def count_tokens(
     request = replace(engine_request(record, before, False), path=_RENDER)
     form = Whole()
     call = await ask(dispatcher, who, request, form, stays)
-    if is_of_another(call):
+    if served_by(call) is not None:
         raise Unavailable(
             f"The model '{new.model}' cannot count now, and its fallback's tokens are others.",
             param="model",

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 
-from llm_engine.api.dispatch import Dispatcher
+from llm_engine.api.dispatch import Dispatcher, served_by
 from llm_engine.api.http import Call
 from llm_engine.api.replicas import STREAM_HEADERS
 from llm_engine.api.requests import EngineRequest, Kind
@@ -112,28 +112,32 @@ class Responses:
                 f"The answer did not come within {within_s:g} s (responses.max_wait_s), and the "
                 "request was cancelled. Ask for it in the background."
             ) from None
+        turn.answered_by(served_by(inner))
         _pass_headers(inner, call)
         return await self._keep(turn, new)
 
     async def tell(self, call: Call, new: NewResponse) -> None:
         """While the client waits, and hears each event. Raises APIError while nothing was sent."""
         turn, request = await self._prepare(call, new)
-        turn.begin("created", "in_progress")
 
-        async def progress() -> None:
-            await _start(call)
+        async def progress(inner: Call) -> None:
+            if not call.started_answer:
+                turn.answered_by(served_by(inner))
+                turn.begin("created", "in_progress")
+                _pass_headers(inner, call)
+                await call.start(200, STREAM_HEADERS)
             if events := turn.take():
                 await call.write(b"".join(map(framed, events)))
 
         inner = await ask(self._dispatcher, call.principal, request, turn, call.receive, progress)
-        _pass_headers(inner, call)
-        await progress()
+        await progress(inner)
         try:
             record = await self._keep(turn, new)
         except APIError as error:  # it must not look as if it were there to be retrieved
             turn.fail(error)
             record = ended(turn.record, turn.close(), time.time())
-        await call.write(framed(turn.last(record)))
+        rest = [*turn.take(), turn.last(record)]
+        await call.write(b"".join(map(framed, rest)))
         await call.write(b"", more=False)
 
     async def _prepare(self, call: Call, new: NewResponse) -> tuple[Turn, EngineRequest]:
@@ -267,11 +271,6 @@ class Responses:
 def framed(event: bytes) -> bytes:
     """As a server-sent event. `event`: a JSON object that begins with its type, or has one."""
     return b"event: " + orjson.loads(event)["type"].encode() + b"\ndata: " + event + b"\n\n"
-
-
-async def _start(call: Call) -> None:
-    if not call.started_answer:
-        await call.start(200, STREAM_HEADERS)
 
 
 def _pass_headers(inner: Call, outer: Call) -> None:

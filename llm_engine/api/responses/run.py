@@ -4,13 +4,14 @@ import asyncio
 import logging
 import time
 
-from llm_engine.api.dispatch import Dispatcher
+from llm_engine.api.dispatch import Dispatcher, served_by
+from llm_engine.api.http import Call
 from llm_engine.api.responses.asking import ask, stays
 from llm_engine.api.responses.context import context_of
 from llm_engine.api.responses.engine import engine_request
 from llm_engine.api.responses.tail import Tail
 from llm_engine.api.responses.turn import Turn, ended
-from llm_engine.errors import APIError, InternalError
+from llm_engine.errors import APIError, EngineFailed, InternalError
 from llm_engine.patience import backoff, patiently
 from llm_engine.records import Principal, Scope
 from llm_engine.responses import ResponseEnd, ResponseRecord
@@ -23,17 +24,19 @@ logger = logging.getLogger("llm_engine.api")
 TOGETHER, TOGETHER_S = 32, 0.05
 #: Events that tell nothing of the answer yet: created, queued, in_progress.
 BEGUN = 3
-#: Engines that may be lost over one before their first word.
-MOST_INTERRUPTED = 3
+#: Engines that may be lost over one before their first word, while others answer at once.
+MOST_LOST = 3
 #: What passes by itself: waited out until the response's time is over.
 _PASSES = frozenset({429, 502, 503, 504})
 
 
 class ModelAway(Exception):
-    """Nobody can answer now. No more was told than that it has begun: it may begin anew."""
+    """Nobody can answer now. No more was told than that it has begun: it may begin anew. `lost`:
+    an engine was lost over it."""
 
-    def __init__(self, error: APIError) -> None:
+    def __init__(self, error: APIError, lost: bool) -> None:
         super().__init__(str(error))
+        self.lost = lost
 
 
 class Run:
@@ -66,28 +69,37 @@ class Run:
         who = Principal(self._record.owner, frozenset(scopes), sees_all=self._record.sees_all)
         if self._record.streamed and self._record.told < BEGUN:
             self._turn.begin("in_progress")
-        tries = interrupted = 0
+        lost = 0  # engines
         while True:
-            try:
-                before = await context_of(self._services, who, self._record)
-                # Always event by event: a whole answer would have to come within the time that a
-                # first byte has.
-                request = engine_request(self._record, before, True)
-                await ask(self._dispatcher, who, request, self._turn, stays, self._progress)
-                interrupted += self._turn.interrupted
-                if not self._turn.interrupted or interrupted > MOST_INTERRUPTED:
-                    break
-                logger.info("%s was interrupted before its first word", self._record.id)
-                self._turn.end = None
-            except APIError as error:
-                late = time.time() - self._record.created_at > self._limits.background_timeout_s
-                if error.status not in _PASSES or late or self._turn.told_output:
+            error = await self._ask(who)
+            if error is None and not self._turn.interrupted:
+                break
+            late = time.time() - self._record.created_at > self._limits.background_timeout_s
+            final = late or self._turn.told_output
+            lost += error is None or isinstance(error, EngineFailed)
+            if error is not None and error.status in _PASSES and not final:
+                raise ModelAway(error, lost > 0)
+            again = error is None or isinstance(error, EngineFailed)
+            if final or not again or lost > MOST_LOST:
+                if error is not None:
                     self._turn.fail(error)
-                    break
-                raise ModelAway(error) from None
-            await asyncio.sleep(backoff(tries))
-            tries += 1
+                break
+            logger.info("%s lost its engine before the first word", self._record.id)
+            self._turn.end = None
+            await asyncio.sleep(backoff(lost - 1))
         await self._end(self._turn.close())
+
+    async def _ask(self, who: Principal) -> APIError | None:
+        """Why it has no answer, where the engine was not even begun with."""
+        try:
+            before = await context_of(self._services, who, self._record)
+            # Always event by event: a whole answer would have to come within the time that a
+            # first byte has.
+            request = engine_request(self._record, before, True)
+            await ask(self._dispatcher, who, request, self._turn, stays, self._progress)
+        except APIError as error:
+            return error
+        return None
 
     async def cancelled(self) -> None:
         """As `run`, where somebody has asked for it."""
@@ -97,8 +109,8 @@ class Run:
         """Why it is not begun once more."""
         if self._record.starts > self._limits.max_attempts:
             return InternalError(
-                f"{self._limits.max_attempts} gateways died while they worked on this response "
-                "(responses.max_attempts)."
+                f"{self._limits.max_attempts} times the gateway that worked on this response, or "
+                "the engine that answered it, was lost (responses.max_attempts)."
             )
         # Of one that is streamed some were told already: another answer would not fit to them.
         if self._record.told > BEGUN:
@@ -108,7 +120,8 @@ class Run:
             )
         return None
 
-    async def _progress(self) -> None:
+    async def _progress(self, inner: Call) -> None:
+        self._turn.answered_by(served_by(inner))
         new = self._turn.take()
         if not self._record.streamed:
             return

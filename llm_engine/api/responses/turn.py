@@ -39,6 +39,7 @@ class Turn:
         self.end: ResponseEnd | None = None
         self.told_output = False
         self._broken = False
+        self._served: str | None = None
         self._store = store
         self._sequence = record.told
         self._events: list[Event] = []
@@ -69,6 +70,12 @@ class Turn:
 
     # -- the other side
 
+    def answered_by(self, model: str | None) -> None:
+        """It was another than was asked, if it is told."""
+        if model is not None:
+            self.record = replace(self.record, model=model)
+            self._served = model
+
     def begin(self, *words: str) -> None:
         """Tell with these words that it has begun: created, queued, in_progress."""
         for word in words:
@@ -95,7 +102,7 @@ class Turn:
         if self.end is None:
             self.fail(InternalError("The engine stopped before the answer was complete."))
         assert self.end is not None
-        return self.end
+        return replace(self.end, model=self._served)
 
     def take(self) -> list[bytes]:
         """The events since the last time, in JSON."""

@@ -23,6 +23,7 @@ from llm_engine.errors import APIError, LeaseLost, StoreUnavailable
 from llm_engine.patience import backoff
 from llm_engine.responses import ResponseRecord
 from llm_engine.services import Services
+from llm_engine.store.responses import Whose
 
 logger = logging.getLogger("llm_engine.api")
 
@@ -34,7 +35,7 @@ STOPPING_S = 5.0
 
 @dataclass
 class Absence:
-    """Of a model."""
+    """Of an owner's model."""
 
     tries: int = 0
     until: float = 0.0  # the next one
@@ -50,8 +51,8 @@ class Worker:
         self._limits = services.settings.responses
         self._runs: dict[str, asyncio.Task[None]] = {}
         self._cancelled: set[str] = set()
-        self._absent: dict[str, Absence] = {}  # models
-        self._asked: dict[str, str] = {}  # the models of the runs
+        self._absent: dict[Whose, Absence] = {}
+        self._asked: dict[str, Whose] = {}  # of the runs
         self._beaten_at = 0.0
         self._away_at = -math.inf  # when the store did not answer last
         self._hurry = asyncio.Event()
@@ -129,14 +130,14 @@ class Worker:
         if room > 0 and await asyncio.to_thread(self._store.any_waiting, list(self._absent)):
             await self._claim(room, without=list(self._absent))
         asked = set(self._asked.values())
-        for model, absence in list(self._absent.items()):
+        for whose, absence in list(self._absent.items()):
             room = self._limits.max_running - len(self._runs)
-            if room > 0 and model not in asked and time.monotonic() >= absence.until:
-                if not await self._claim(1, model=model):
-                    self._absent.pop(model, None)
+            if room > 0 and whose not in asked and time.monotonic() >= absence.until:
+                if not await self._claim(1, of=whose):
+                    self._absent.pop(whose, None)
 
     async def _claim(
-        self, limit: int, model: str | None = None, without: Sequence[str] = ()
+        self, limit: int, of: Whose | None = None, without: Sequence[Whose] = ()
     ) -> int:
         """How many."""
         # After an outage of the store those whose gateways live must have the time to say so.
@@ -147,7 +148,7 @@ class Worker:
             self._limits.lease_s,
             limit,
             abandoned=abandoned,
-            model=model,
+            of=of,
             without=without,
         )
         for record in claimed:
@@ -172,7 +173,7 @@ class Worker:
     def _begin(self, record: ResponseRecord) -> None:
         task = asyncio.create_task(self._run(record))
         self._runs[record.id] = task
-        self._asked[record.id] = record.model
+        self._asked[record.id] = (record.owner, record.model)
         task.add_done_callback(lambda _: self._over(record.id))
 
     def _over(self, response: str) -> None:
@@ -186,11 +187,12 @@ class Worker:
         try:
             try:
                 await run.run()
-                self._absent.pop(record.model, None)
+                self._absent.pop((record.owner, record.model), None)
             except ModelAway as away:
                 logger.info("%s waits: %s", record.id, away)
-                self._note_absence(record.model)
-                if not await asyncio.to_thread(self._store.put_back, self.name, record.id):
+                self._note_absence((record.owner, record.model))
+                mine = (self.name, record.id, away.lost)
+                if not await asyncio.to_thread(self._store.put_back, *mine):
                     await run.cancelled()
             except asyncio.CancelledError:
                 if record.id not in self._cancelled:
@@ -203,9 +205,9 @@ class Worker:
         except Exception:
             logger.exception("%s is left for another gateway", record.id)
 
-    def _note_absence(self, model: str) -> None:
+    def _note_absence(self, whose: Whose) -> None:
         now = time.monotonic()
-        absence = self._absent.setdefault(model, Absence())
+        absence = self._absent.setdefault(whose, Absence())
         if now >= absence.until:  # not for each of those that ran together
             absence.until = now + backoff(absence.tries)
             absence.tries += 1
