@@ -14,6 +14,7 @@ from llm_engine.batches.validation import Problem, problem
 from llm_engine.config import Settings
 from llm_engine.errors import APIError, InvalidRequest, NotFound, StorageUnavailable
 from llm_engine.files import BATCH, key_of, new_record
+from llm_engine.nesting import MOST_VALUES, TooMuch, watched
 from llm_engine.patience import patiently
 from llm_engine.records import BatchRecord
 from llm_engine.storage.base import NoSuchObject, Storage
@@ -138,27 +139,44 @@ def read_items(pieces: Iterable[bytes]) -> Iterator[Any]:
         if first:
             break
     pieces = chain([first], pieces)
+    count = 0
     try:
         if first.startswith(b"["):
-            items: Iterator[Any] = ijson.items(_Reader(pieces), "item", use_float=True)
+            items: Iterator[Any] = ijson.items(watched(_Reader(pieces), "item"), "item")
         else:
             items = _objects(pieces)
-        yield from items
+        for item in items:
+            yield item
+            count += 1
+    except TooMuch as error:
+        raise InvalidRequest(f"Invalid 'input[{count}]': {error}.", param=_INPUT) from None
     except (orjson.JSONDecodeError, ijson.JSONError) as error:
         raise _malformed(str(error)) from None
 
 
 def _objects(pieces: Iterable[bytes]) -> Iterator[Any]:
+    import ijson
+
     lines = (line for line in split_lines(pieces) if line.strip())
     first = next(lines, None)
     if first is None:
         return
     try:
-        yield orjson.loads(first)
-    except orjson.JSONDecodeError:
-        yield orjson.loads(b"".join(chain([first], lines)))  # one object over several lines
+        yield _load(first)
+    except (orjson.JSONDecodeError, ijson.JSONError):  # one object over several lines
+        yield from ijson.items(watched(_Reader(chain([first], lines))), "")
     for line in lines:
-        yield orjson.loads(line)
+        yield _load(line)
+
+
+def _load(line: bytes) -> Any:
+    """As fast as may be, where it has too few bytes to hold too many values."""
+    import ijson
+
+    if len(line) <= MOST_VALUES:
+        return orjson.loads(line)
+    (value,) = ijson.items(watched(_Reader([line])), "")
+    return value
 
 
 def _at_most(pieces: Iterable[bytes], most: int) -> Iterator[bytes]:
@@ -187,10 +205,10 @@ class _Reader:
 
     def __init__(self, pieces: Iterable[bytes]) -> None:
         self._pieces = iter(pieces)
-        self._rest = b""
+        self._rest = memoryview(b"")  # a piece may be long, and is not copied for each bit of it
 
     def read(self, size: int = -1) -> bytes:
         if not self._rest:
-            self._rest = next(self._pieces, b"")
+            self._rest = memoryview(next(self._pieces, b""))
         taken, self._rest = self._rest[:size], self._rest[size:]
-        return taken
+        return bytes(taken)

@@ -1,10 +1,13 @@
 """Batches whose requests lie under a path, in any of Scale's forms, and whose results go to one."""
 
 import json
+import tracemalloc
 
 import pytest
 
+from llm_engine import nesting
 from llm_engine.api.llm_engine_api.batch_rows import convert, element
+from llm_engine.batches import by_path
 from llm_engine.batches.by_path import array_of, lines_of, read_items
 from llm_engine.batches.outcomes import failure
 from llm_engine.batches.results import Spool
@@ -46,6 +49,55 @@ def test_what_is_no_json_is_refused(data):
     with pytest.raises(InvalidRequest) as refused:
         items(data)
     assert (refused.value.param, refused.value.code) == ("input_data_path", "invalid_json")
+
+
+BAD = b"[" * 60_000
+MANY = b"{}," * 6_000
+
+
+@pytest.mark.parametrize(
+    ("data", "item"),
+    [
+        (BAD, 0),  # all in one piece, as it is read
+        (b'[{"a": 1}, ' + BAD, 1),
+        (b'[{"a": 1}, {"b": [' + MANY, 1),
+        (b'[{"b": [' + MANY[:-6_000] + b'{}], "c": [' + MANY[:-6_000], 0),  # key by key
+        (b'{"b":\n' + BAD, 0),
+        (b'{"a": 1}\n{"b": [' + MANY + b"{}]}\n", 1),
+        (b'{"b": [' + MANY + b"{}]}", 0),
+        (b'{"b": [\n' + MANY.replace(b",", b",\n"), 0),
+        (b'{"":\n' + b'{"":' * 60_000, 0),  # whose path is empty at every level
+        (b'[{"' + b"a" * 60_000 + b'": [', 0),
+    ],
+    ids="deep deep-item wide wide-keys deep-object line one-line many-lines no-path path".split(),
+)
+def test_an_item_that_costs_more_than_its_text_is_refused(monkeypatch, data, item):
+    for module in (by_path, nesting):
+        monkeypatch.setattr(module, "MOST_VALUES", 10_000)
+    tracemalloc.start()
+    try:
+        with pytest.raises(InvalidRequest) as refused:
+            items(data, size=65_536)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert str(refused.value) == (
+        f"Invalid 'input[{item}]': it is nested too deeply, or holds too many values."
+    )
+    assert refused.value.param == "input_data_path"
+    assert peak < 100 * 2**20
+
+
+def test_a_long_line_and_many_items_are_no_such_thing(monkeypatch):
+    monkeypatch.setattr(by_path, "MOST_VALUES", 1_000)  # of bytes, from where lines are watched
+    long = {"prompts": ["a,[{" * 1_000, "b"], "n": 1.5}
+    for data in (json.dumps(long).encode(), json.dumps(long, indent=2).encode()):
+        assert items(data, size=65_536) == [long]
+    assert len(items(b'{"a": [1, 2]}\n' * 10, size=65_536)) == 10
+    with pytest.raises(InvalidRequest, match="neither a JSON array"):
+        items(b'{"a": "' + b"b" * 2_000 + b'"} oops\n')
+    monkeypatch.setattr(nesting, "MOST_VALUES", 10)
+    assert len(items(b"[" + b'{"a": [1, 2]},' * 99 + b"{}]", size=65_536)) == 100
 
 
 def test_items_become_rows_for_the_batchs_model():

@@ -19,6 +19,7 @@ from llm_engine.api.requests import Kind
 from llm_engine.api.sference.bodies import shown, to_chat
 from llm_engine.config import Settings
 from llm_engine.errors import APIError, BodyTooLarge, InvalidRequest
+from llm_engine.nesting import Event, TooMuch, watched
 
 ENDPOINT = "/v1/chat/completions"  # what every row asks, in whichever form it came
 #: Bytes that are kept in memory before they go to disk.
@@ -27,12 +28,6 @@ MOST_ID = 512  # characters of a custom_id
 
 _TEXTS = frozenset({"window", "completion_window", "endpoint", "input_file_id"})
 _ROW = "requests.item"
-#: What a hostile row could make of a few bytes: paths that cost their length at each value, and
-#: values that cost 30 times their text.
-_LONGEST_PATH = 2_000  # characters
-_MOST_VALUES = 1_000_000  # of a row
-
-Event = tuple[str, str, Any]
 
 
 @dataclass
@@ -65,9 +60,12 @@ def read(body: IO[bytes], settings: Settings, exists: Callable[[str], object]) -
     asked = Asked()
     try:
         rows = _Rows(asked, settings, exists)
-        events = _watch(ijson.parse(body, use_float=True), asked)
+        events = _sort(watched(body, _ROW), asked)
         for row in ijson.items(events, _ROW):
             rows.add(row)
+    except TooMuch as error:
+        asked.lines.close()
+        raise _invalid(f"requests[{asked.count}]", str(error)) from None
     except ijson.JSONError as error:
         asked.lines.close()
         found = re.search(r"(?:lexical|parse) error: ([^\n\\]+)", str(error))
@@ -87,15 +85,9 @@ def too_large(limit: int) -> BodyTooLarge:
     )
 
 
-def _watch(events: Iterator[Event], asked: Asked) -> Iterator[Event]:
+def _sort(events: Iterator[Event], asked: Asked) -> Iterator[Event]:
     """Passes the parser's events on, and keeps what is no row. Raises InvalidRequest."""
-    values = 0
     for path, event, value in events:
-        values += 1
-        if len(path) > _LONGEST_PATH or values > _MOST_VALUES:
-            raise _invalid(
-                f"requests[{asked.count}]", "it is nested too deeply, or holds too many values"
-            )
         if path == "":
             _check_top(event, value, asked)
         elif path in _TEXTS:
@@ -107,7 +99,6 @@ def _watch(events: Iterator[Event], asked: Asked) -> Iterator[Event]:
         elif path == _ROW:
             if event in _SCALARS or event == "start_array":
                 raise _invalid(f"requests[{asked.count}]", "it must be an object", "invalid_type")
-            values = 0
         yield path, event, value
 
 
