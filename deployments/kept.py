@@ -6,6 +6,7 @@ import time
 from typing import Generic
 
 from jobs.launcher import Launcher, LaunchError
+from llm_engine.batches import parts
 from llm_engine.config import Settings
 from llm_engine.config_data import BatchSettings, FineTuneSettings
 from llm_engine.errors import StorageUnavailable
@@ -44,6 +45,7 @@ class Kept(Generic[Record]):
         self._names: dict[str, str] = {}  # a record's last job
         self._running_since: dict[str, float] = {}  # a job's
         self._unclaimed: dict[str, tuple[int, int]] = {}  # a record's `starts`, jobs since then
+        self._started: dict[str, float] = {}  # unix seconds of a record's last start
 
     def look(self, gateways: list[str]) -> tuple[bool, bool]:
         """One look at all of them. Whether there are any that go on, and whether one of them is to
@@ -60,6 +62,7 @@ class Kept(Generic[Record]):
             max_idle_starts=limits.max_idle_starts,
             lease_s=limits.lease_s,
             unclaimed={record.id: self._unclaimed_jobs(record) for record in records},
+            started=self._started,
         )
         for record in records:
             try:
@@ -71,6 +74,7 @@ class Kept(Generic[Record]):
             name = self._names.pop(ended)
             self._running_since.pop(name, None)
             self._unclaimed.pop(ended, None)
+            self._started.pop(ended, None)
             self._ended(ended, name)
         return any(map(self._goes_on, records)), Deed.RELEASE in deeds.values()
 
@@ -119,6 +123,10 @@ class Kept(Generic[Record]):
                 self._launcher.stop(self._names[record.id])
             case Deed.END:
                 self._end(record, deed, "")
+            case Deed.REST:
+                if record.reason is None or self._unclaimed_jobs(record):
+                    how = self._last_words(record, job) or "Ray does not know why"
+                    self._say(record, f"its jobs die, the next one starts later; the last: {how}")
             case Deed.CONCLUDE | Deed.GIVE_UP:
                 self._give_up(record, job, deed)
             case Deed.NOTHING:
@@ -130,6 +138,7 @@ class Kept(Generic[Record]):
         self._launcher.start(self.MODULE, record.id, name, gateways, metadata, **self._resources())
         self._names[record.id] = name
         self._unclaimed[record.id] = (record.starts, self._unclaimed_jobs(record) + 1)
+        self._started[record.id] = time.time()
         logger.info("started %s", name)
 
     def _unclaimed_jobs(self, record: Record) -> int:
@@ -213,6 +222,10 @@ class KeptBatches(Kept[BatchRecord]):
         if deed is Deed.CONCLUDE:
             self._batches.conclude(record, reason=reason, errors=[error])
         elif deed is Deed.GIVE_UP:
+            if rows := record.completed + record.failed:
+                folder, days = parts.folder_of(record.id), parts.GIVEN_UP_S // 86400
+                reason += f". The operators have its {rows} finished rows for {days} days: {folder}"
+                error["message"] = reason
             none = {"output_file_id": None, "error_file_id": None}  # they were not ready
             self._batches.end(record, BatchState.FAILED, reason=reason, errors=[error], **none)
         else:

@@ -12,6 +12,11 @@ from llm_engine.statuses import BatchState, FineTuneState
 
 #: A job whose process runs has so long to claim its record, in leases.
 CLAIM_LEASES = 4
+#: From the start of a job that did not come to a batch's end to the next one's, doubled each time.
+#: Rows that are finished wait for a disk or a storage that comes back: nothing is lost by waiting.
+REST_S, LONGEST_REST_S = 300.0, 3600.0
+#: For so long after its window they try to bring such a batch to its end.
+ENDING_S = 86400.0
 
 
 class Deed(StrEnum):
@@ -20,6 +25,7 @@ class Deed(StrEnum):
     RELEASE = "release"  # its worker is dead: the lease ends now
     STOP = "stop"  # its job, which does not do anything
     END = "end"  # without a job, as there is nothing to put together
+    REST = "rest"  # jobs die while they put results together: the next one starts later
     CONCLUDE = "conclude"  # jobs die without getting any further: what is finished is the result
     GIVE_UP = "give up"  # jobs die without getting anywhere
 
@@ -43,14 +49,17 @@ def decide(
     max_idle_starts: int,
     lease_s: float,
     unclaimed: Mapping[str, int],
+    started: Mapping[str, float],
 ) -> dict[str, Deed]:
     """By the record's id. `jobs`: by the record's id, too; the last one of each. `unclaimed`: how
-    many jobs in a row did not even get as far as to claim it."""
+    many jobs in a row did not even get as far as to claim it. `started`: when its last job was, as
+    far as anybody remembers."""
     deeds: dict[str, Deed] = {}
     waiting: list[BatchRecord | FineTuneRecord] = []
     busy: Counter[str] = Counter()  # jobs, by owner
     for record in records:
         job = jobs.get(record.id)
+        too_many = record.idle_starts + unclaimed.get(record.id, 0) - max_idle_starts
         leased = record.worker is not None and record.lease_until > now
         if leased or (job is not None and job.live):
             busy[record.owner] += 1
@@ -63,8 +72,10 @@ def decide(
             deeds[record.id] = Deed.STOP if hangs else Deed.NOTHING
         elif record.state is FineTuneState.PAUSED:
             deeds[record.id] = Deed.NOTHING
-        elif record.idle_starts + unclaimed.get(record.id, 0) >= max_idle_starts:
+        elif too_many >= 0 and not _is_ending(record, now):
             deeds[record.id] = Deed.CONCLUDE if _has_results(record) else Deed.GIVE_UP
+        elif too_many >= 0 and now < started.get(record.id, 0.0) + _rest_s(too_many):
+            deeds[record.id] = Deed.REST
         elif _is_empty(record, now):
             deeds[record.id] = Deed.END
         else:
@@ -95,6 +106,21 @@ def _has_results(record: BatchRecord | FineTuneRecord) -> bool:
         and record.state is BatchState.IN_PROGRESS
         and record.completed + record.failed > 0
     )
+
+
+def _is_ending(record: BatchRecord | FineTuneRecord, now: float) -> bool:
+    """Its finished rows only have to be put together, and it is not too late for that."""
+    return (
+        isinstance(record, BatchRecord)
+        and record.state in (BatchState.FINALIZING, BatchState.CANCELLING)
+        and record.completed + record.failed > 0
+        and now < record.expires_at + ENDING_S
+    )
+
+
+def _rest_s(too_many: int) -> float:
+    """`too_many`: jobs in a row beyond those that may die without a rest."""
+    return min(REST_S * 2 ** min(too_many, 10), LONGEST_REST_S)
 
 
 def _is_empty(record: BatchRecord | FineTuneRecord, now: float) -> bool:

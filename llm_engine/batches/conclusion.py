@@ -9,7 +9,7 @@ from llm_engine.batches.outcomes import EXPIRED
 from llm_engine.batches.parts import folder_of
 from llm_engine.batches.results import Spool, add_unfinished, write
 from llm_engine.config import Settings
-from llm_engine.errors import NotFound
+from llm_engine.errors import NotFound, StorageUnavailable
 from llm_engine.files import key_of, new_file_id, new_record
 from llm_engine.patience import patiently
 from llm_engine.records import BatchPart, BatchRecord, FileRecord
@@ -70,6 +70,14 @@ class Conclusion:
         await self._lease.finish(state, results, **values)
 
     def _collect(self, parts: list[BatchPart]) -> Spool:
+        try:
+            return self._spool(parts)
+        except OSError as error:  # the node's disk, which is no more the batch's fault than S3
+            raise StorageUnavailable(
+                f"The node's disk does not take the results: {error.strerror}."
+            ) from error
+
+    def _spool(self, parts: list[BatchPart]) -> Spool:
         record = self._lease.record
         spool = Spool(record.total)
         try:
@@ -77,6 +85,7 @@ class Conclusion:
             error = _of_unfinished(record)
             if error is not None and spool.completed + spool.failed < spool.total:
                 add_unfinished(spool, record, self._storage, self._input_key(), error)
+            spool.flush()
         except BaseException:
             spool.__exit__()
             raise

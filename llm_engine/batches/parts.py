@@ -12,7 +12,8 @@ from llm_engine.batches.lease import Lease
 from llm_engine.batches.outcomes import Finished
 from llm_engine.errors import LeaseLost, NotFound, StorageUnavailable, StoreUnavailable
 from llm_engine.patience import patiently
-from llm_engine.records import BatchPart, Usage
+from llm_engine.records import BatchPart, BatchRecord, Usage
+from llm_engine.statuses import BatchState
 from llm_engine.storage.base import Storage
 from llm_engine.store.sql import Store
 
@@ -24,6 +25,8 @@ OLDEST_S = 5.0
 #: No row is sent while so many finished ones wait: the storage is slow, or away.
 MOST_WAITING_SHARE = 100
 MOST_WAITING_BYTES = 64 * 2**20
+#: Rows of a batch that was given up are in no file: its operators may want them.
+GIVEN_UP_S = 30 * 86400
 
 
 def folder_of(batch: str) -> str:
@@ -42,13 +45,21 @@ def sweep(store: Store, storage: Storage) -> int:
             continue
         if batch not in ended:
             try:
-                ended[batch] = store.batches.get(batch).state.is_final
+                ended[batch] = _needs_none(store.batches.get(batch))
             except NotFound:
                 ended[batch] = True
         if ended[batch]:
             storage.delete(each.key)
             swept += 1
     return swept
+
+
+def _needs_none(record: BatchRecord) -> bool:
+    has_rows = record.completed + record.failed > 0
+    if record.state is BatchState.FAILED and has_rows:
+        in_files = record.output_file_id or record.error_file_id
+        return bool(in_files) or (record.began(record.state) or 0.0) + GIVEN_UP_S < time.time()
+    return record.state.is_final
 
 
 class Parts:

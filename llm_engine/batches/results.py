@@ -53,6 +53,10 @@ class Spool:
         self.failed += failed
         self.completed += not failed
 
+    def flush(self) -> None:
+        """What does not fit on the disk is told here, and not while the files are written."""
+        self._file.flush()
+
     def missing(self) -> Iterator[int]:
         """Rows without a line."""
         return (row for row in range(self.total) if not self._sizes[row])

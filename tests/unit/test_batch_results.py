@@ -1,16 +1,23 @@
 """Parts in any order become results in the input's order, with flat memory."""
 
+import asyncio
+import errno
 import json
 import tracemalloc
 
 import pytest
 
+from llm_engine import patience
 from llm_engine.batches import outcomes
+from llm_engine.batches.conclusion import Conclusion
+from llm_engine.batches.lease import Lease
 from llm_engine.batches.parts import Parts
 from llm_engine.batches.results import Spool, add_unfinished, write
-from llm_engine.errors import LeaseLost
+from llm_engine.config import Settings
+from llm_engine.errors import LeaseLost, StorageUnavailable
 from llm_engine.records import BatchPart
 from llm_engine.storage.local import LocalStorage
+from llm_engine.store.sql import Store
 from tests.support.batches import batch_record, jsonl, row
 
 BATCH = batch_record(id="batch_ab")
@@ -116,3 +123,24 @@ async def test_a_part_keeps_its_bytes_only_where_it_was_recorded_unheard(tmp_pat
     with pytest.raises(LeaseLost):
         await parts.flush()
     assert len(list(storage.list("batches/"))) == there
+
+
+@pytest.mark.parametrize("place", ["__init__", "add", "flush"])
+def test_a_nodes_full_disk_is_no_fault_of_the_batchs(storage, tmp_path, monkeypatch, place):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Spool, place, full)
+    monkeypatch.setattr(patience, "PATIENCE_S", 0.0)
+    store = Store.open(f"sqlite:///{tmp_path}/store.db")
+    record = store.batches.create(batch_record(total=1), 9)
+
+    async def conclude():
+        lease = Lease(store, 60)
+        await lease.claim(record.id)
+        await lease.add_part(part(storage, 1, [0]))
+        await Conclusion(Settings(), store, storage, lease).write()
+
+    with pytest.raises(StorageUnavailable, match=r"node's disk .* No space left on device"):
+        asyncio.run(conclude())
+    store.close()

@@ -31,7 +31,7 @@ def deed(record: BatchRecord | FineTuneRecord, job: Seen | None, unclaimed: int 
 
 def together(records: list[Any], jobs: dict[str, Seen | None], **limits: Any) -> dict[str, Deed]:
     given: dict[str, Any] = {"max_running": 2, "max_idle_starts": 3, "lease_s": LEASE_S}
-    return decide(records, jobs, NOW, **given | {"unclaimed": {}} | limits)
+    return decide(records, jobs, NOW, **given | {"unclaimed": {}, "started": {}} | limits)
 
 
 def test_a_new_batch_gets_a_job():
@@ -81,8 +81,28 @@ def test_jobs_that_die_one_after_the_other_are_given_up():
 def test_what_they_have_finished_is_not_given_up():
     assert deed(batch(idle_starts=3, completed=1), ENDED) is Deed.CONCLUDE
     assert deed(batch(idle_starts=3, failed=1), ENDED) is Deed.CONCLUDE
-    finalizing = batch(idle_starts=3, completed=1, state=BatchState.FINALIZING)
-    assert deed(finalizing, ENDED) is Deed.GIVE_UP
+
+
+@pytest.mark.parametrize("state", [BatchState.FINALIZING, BatchState.CANCELLING])
+def test_finished_rows_wait_for_a_disk_or_a_storage_that_comes_back(state: BatchState):
+    """A job that dies while it puts them together says nothing about them."""
+
+    def after(seconds: float, idle_starts: int, **facts: Any) -> Deed:
+        facts = {"completed": 1, "state": state, "idle_starts": idle_starts} | facts
+        started = {"b": NOW - seconds}
+        return together([batch(**facts)], {"b": ENDED}, started=started)["b"]
+
+    assert after(1, 2) is Deed.START
+    assert after(299, 3) is Deed.REST and after(301, 3) is Deed.START
+    assert after(599, 4) is Deed.REST and after(601, 4) is Deed.START
+    assert after(3599, 999) is Deed.REST and after(3601, 999) is Deed.START
+    assert deed(batch(state=state, completed=1), ENDED, unclaimed=9) is Deed.START  # none knows
+    late, too_late = NOW - 86_000, NOW - 86_401
+    assert after(3601, 9, expires_at=late) is Deed.START
+    assert after(3601, 9, expires_at=too_late) is Deed.GIVE_UP
+    assert after(3601, 2, expires_at=too_late) is Deed.START
+    assert after(1, 3, completed=0) is Deed.GIVE_UP
+    assert after(1, 3, completed=0, failed=1) is Deed.REST
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""What becomes of fine-tunes in the keeper's hands: a real store and storage, and a Ray made up."""
+"""What becomes of fine-tunes and batches in the keeper's hands: a real store and storage, and a Ray
+made up."""
 
 import asyncio
 import time
@@ -12,9 +13,12 @@ import pytest
 from deployments import keeper as keeper_module
 from deployments.kept import KeptBatches, KeptFineTunes
 from jobs.launcher import Job, LaunchError
-from llm_engine import files
+from llm_engine import files, keeping
+from llm_engine.batches import parts
+from llm_engine.batches.parts import folder_of
 from llm_engine.fine_tunes import adapters
 from llm_engine.keeping import Deed
+from llm_engine.records import BatchPart, BatchRecord
 from llm_engine.responses import ResponseRecord, StoredChat
 from llm_engine.statuses import BatchState, FineTuneState, ResponseState
 from llm_engine.storage import ownership
@@ -36,7 +40,7 @@ class FakeLauncher:
     def start(self, module, record, job, gateways, metadata, **resources) -> None:
         if self.away:
             raise LaunchError("Ray's job API does not answer")
-        assert module == "jobs.fine_tune" and metadata["fine_tune"] == record
+        assert metadata[module.removeprefix("jobs.")] == record
         self.jobs[job] = Job(job, True, False, "")
         self.started.append((job, resources))
 
@@ -231,6 +235,63 @@ def test_expired_responses_and_chats_go_however_many_and_nothing_else(bench, mon
     swept = [keeper_module.forget_expired(bench.store, now) for _ in range(3)]
     assert swept == [8, 4, 0]
     assert bench.store.responses.get("resp_0") and bench.store.chats.get("chatcmpl-0")
+
+
+# -- batches
+
+
+def kept_batches(bench: Bench, ray: Any) -> KeptBatches:
+    return KeptBatches(bench.settings, bench.store, ray)
+
+
+def with_rows(bench: Bench, **facts: Any) -> BatchRecord:
+    """Whose five rows are finished, but not its results."""
+    batches = bench.store.batches
+    record = batches.create(batch_record(total=5, **facts), 9)
+    held = batches.claim(record.id, "w", 60)
+    key = f"{folder_of(record.id)}000001-w.jsonl"
+    bench.storage.put(key, b"{}\n" * 5)
+    batches.add_part(held, BatchPart(1, key, (0, 1, 2, 3, 4), 0))
+    batches.move(held, [record.state], BatchState.FINALIZING, outcome="completed")
+    batches.release(held, "it died")
+    return record
+
+
+def lose_jobs(bench: Bench, ray: FakeLauncher, kept: KeptBatches, times: int) -> None:
+    for number in range(times):
+        kept.look([])
+        name = ray.started[-1][0]
+        held = bench.store.batches.claim(name.rsplit("-", 1)[0], f"w{number}", 60)
+        bench.store.batches.release(held, "it died")
+        ray.now(name, live=False, running=False, message="no space left on device")
+
+
+def test_results_that_cannot_be_put_together_now_are_later(bench, ray, monkeypatch):
+    record = with_rows(bench)
+    kept = kept_batches(bench, ray)
+    lose_jobs(bench, ray, kept, 5)
+    kept.look([])
+    told = bench.store.batches.get(record.id)
+    assert (told.state, told.idle_starts) == (BatchState.FINALIZING, 5) and len(ray.started) == 5
+    assert "later; the last: no space left" in told.reason
+    assert len(bench.store.batches.parts(record.id)) == 1
+    monkeypatch.setattr(keeping, "REST_S", 0.0)
+    kept.look([])
+    assert len(ray.started) == 6
+
+
+def test_rows_that_were_given_up_long_after_the_window_are_kept_for_a_while(bench, ray):
+    record = with_rows(bench, window_s=-90_000.0)
+    kept = kept_batches(bench, ray)
+    lose_jobs(bench, ray, kept, 5)
+    kept.look([])
+    ended = bench.store.batches.get(record.id)
+    assert ended.state is BatchState.FAILED and "5 finished rows for 30 days" in ended.reason
+    assert ended.errors[0]["message"] == ended.reason
+    assert parts.sweep(bench.store, bench.storage) == 0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts, "GIVEN_UP_S", -1)
+        assert parts.sweep(bench.store, bench.storage) == 1
 
 
 def test_a_batch_that_is_given_up_names_no_files_that_there_are_not(bench):
