@@ -229,8 +229,7 @@ class KeptBatches(Kept[BatchRecord]):
             none = {"output_file_id": None, "error_file_id": None}  # they were not ready
             self._batches.end(record, BatchState.FAILED, reason=reason, errors=[error], **none)
         else:
-            cancelled = record.state is BatchState.CANCELLING
-            self._batches.end(record, BatchState.CANCELLED if cancelled else BatchState.EXPIRED)
+            self._batches.end(record, BatchState.CANCELLED)
 
 
 class KeptFineTunes(Kept[FineTuneRecord]):

@@ -24,7 +24,7 @@ class Deed(StrEnum):
     START = "start"  # a job
     RELEASE = "release"  # its worker is dead: the lease ends now
     STOP = "stop"  # its job, which does not do anything
-    END = "end"  # without a job, as there is nothing to put together
+    END = "end"  # without a job: it was cancelled before any had begun it, and has no results
     REST = "rest"  # jobs die while they put results together: the next one starts later
     CONCLUDE = "conclude"  # jobs die without getting any further: what is finished is the result
     GIVE_UP = "give up"  # jobs die without getting anywhere
@@ -76,15 +76,19 @@ def decide(
             deeds[record.id] = Deed.CONCLUDE if _has_results(record) else Deed.GIVE_UP
         elif too_many >= 0 and now < started.get(record.id, 0.0) + _rest_s(too_many):
             deeds[record.id] = Deed.REST
-        elif _is_empty(record, now):
+        elif record.state is BatchState.CANCELLING and record.starts == 0:
             deeds[record.id] = Deed.END
         else:
             deeds[record.id] = Deed.NOTHING
             waiting.append(record)
     free = max_running - sum(busy.values())
     while waiting and free > 0:
-        # Whoever has the fewest under way comes first; of one owner's, the most urgent.
-        following = min(waiting, key=lambda each: (busy[each.owner], _due(each), each.id))
+        # What is over is soon done. Else whoever has the fewest under way comes first; of one
+        # owner's, the most urgent.
+        following = min(
+            waiting,
+            key=lambda each: (not _is_over(each, now), busy[each.owner], _due(each), each.id),
+        )
         waiting.remove(following)
         deeds[following.id] = Deed.START
         busy[following.owner] += 1
@@ -123,12 +127,9 @@ def _rest_s(too_many: int) -> float:
     return min(REST_S * 2 ** min(too_many, 10), LONGEST_REST_S)
 
 
-def _is_empty(record: BatchRecord | FineTuneRecord, now: float) -> bool:
-    """It is over, and no job has ever begun it. A fine-tune that is over has ended."""
-    if isinstance(record, FineTuneRecord):
-        return False
-    over = record.state is BatchState.CANCELLING or record.expires_at <= now
-    return over and record.starts == 0
+def _is_over(record: BatchRecord | FineTuneRecord, now: float) -> bool:
+    """Its job has little to do: it runs no row any more, but each has its line in the results."""
+    return isinstance(record, BatchRecord) and record.expires_at <= now
 
 
 def _due(record: BatchRecord | FineTuneRecord) -> float:

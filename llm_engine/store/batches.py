@@ -8,7 +8,7 @@
 
 Clients `create` and `ask_cancel`. A job `claim`s the batch: it is the worker until its lease ends,
 and whatever it writes is refused once another one has claimed it. A row counts as finished when the
-part that holds it is added, in one transaction with the counts. A batch whose time is over before
+part that holds it is added, in one transaction with the counts. A batch that is cancelled before
 any job has begun it goes straight to its end.
 """
 

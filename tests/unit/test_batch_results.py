@@ -10,15 +10,17 @@ import pytest
 from llm_engine import patience
 from llm_engine.batches import outcomes
 from llm_engine.batches.conclusion import Conclusion
+from llm_engine.batches.job import Job
 from llm_engine.batches.lease import Lease
 from llm_engine.batches.parts import Parts
 from llm_engine.batches.results import Spool, add_unfinished, write
-from llm_engine.config import Settings
+from llm_engine.config import Settings, parse
 from llm_engine.errors import LeaseLost, StorageUnavailable
 from llm_engine.records import BatchPart
+from llm_engine.statuses import BatchState
 from llm_engine.storage.local import LocalStorage
 from llm_engine.store.sql import Store
-from tests.support.batches import batch_record, jsonl, row
+from tests.support.batches import Bench, batch_record, jsonl, row
 
 BATCH = batch_record(id="batch_ab")
 
@@ -144,3 +146,17 @@ def test_a_nodes_full_disk_is_no_fault_of_the_batchs(storage, tmp_path, monkeypa
     with pytest.raises(StorageUnavailable, match=r"node's disk .* No space left on device"):
         asyncio.run(conclude())
     store.close()
+
+
+def test_of_a_batch_that_no_job_began_in_its_time_every_row_has_a_line(tmp_path):
+    settings = parse({"cluster": {"state_dir": str(tmp_path)}}, {})
+    bench = Bench(settings, ["http://127.0.0.1:9"])  # nobody listens
+    batch = bench.batch([row(i) for i in range(3)], window_s=-60.0)
+    asyncio.run(Job(settings, bench.gateways, bench.store, bench.storage, print).run(batch.id))
+    record = bench.get(batch)
+    assert (record.state, record.total, record.failed) == (BatchState.EXPIRED, 3, 3)
+    _, errors = bench.results(batch)
+    assert [(each["custom_id"], each["error"]["code"]) for each in errors] == [
+        (f"row-{number}", "batch_expired") for number in range(3)
+    ]
+    bench.close()

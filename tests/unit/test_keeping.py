@@ -105,12 +105,26 @@ def test_finished_rows_wait_for_a_disk_or_a_storage_that_comes_back(state: Batch
     assert after(1, 3, completed=0, failed=1) is Deed.REST
 
 
-@pytest.mark.parametrize(
-    "facts", [{"state": BatchState.CANCELLING}, {"expires_at": NOW - 1}], ids=str
-)
-def test_what_no_job_has_begun_ends_without_one(facts: dict[str, Any]):
-    assert deed(batch(starts=0, **facts), None) is Deed.END
-    assert deed(batch(starts=1, **facts), None) is Deed.START  # to put its results together
+def test_what_was_cancelled_before_any_job_began_it_ends_without_one():
+    assert deed(batch(starts=0, state=BatchState.CANCELLING), None) is Deed.END
+    begun = batch(starts=1, state=BatchState.CANCELLING)
+    assert deed(begun, None) is Deed.START  # to put its results together
+
+
+def test_what_was_never_begun_in_its_time_gets_a_job_that_says_so_of_every_row():
+    for starts in (0, 1):
+        late = batch(starts=starts, state=BatchState.VALIDATING, expires_at=NOW - 1)
+        assert deed(late, None) is Deed.START
+
+
+def test_what_is_over_is_soon_done_and_comes_before_others():
+    records = [
+        leased("a0"), batch("a1", expires_at=NOW - 1, starts=0), batch("a2"),
+        batch("b0", owner="bob"),
+    ]  # fmt: skip
+    jobs = dict.fromkeys(r.id for r in records) | {"a0": RUNS}
+    deeds = together(records, jobs)
+    assert (deeds["a1"], deeds["a2"], deeds["b0"]) == (Deed.START, Deed.NOTHING, Deed.NOTHING)
 
 
 def test_no_more_jobs_than_allowed():
