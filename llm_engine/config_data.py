@@ -100,7 +100,12 @@ class BatchSettings(Section):
         64 * 2**20, ge=1, description="Of a request that brings its rows along. Bytes."
     )
     max_open: int = Field(1_000, ge=1, description="Of one owner that have not ended.")
-    max_running: int = Field(4, ge=1, description="Jobs at a time; the others wait their turn.")
+    max_running: int = Field(
+        4,
+        ge=1,
+        description="Jobs at a time; the others wait their turn. Beyond them, as many owners who "
+        "have none get one each.",
+    )
     max_concurrency: int = Field(
         256, ge=1, description="Requests of one batch that are under way at a time."
     )

@@ -81,19 +81,24 @@ def decide(
         else:
             deeds[record.id] = Deed.NOTHING
             waiting.append(record)
-    free = max_running - sum(busy.values())
-    while waiting and free > 0:
+    while may_start := [each for each in waiting if _has_room(each, busy, max_running)]:
         # What is over is soon done. Else whoever has the fewest under way comes first; of one
         # owner's, the most urgent.
         following = min(
-            waiting,
+            may_start,
             key=lambda each: (not _is_over(each, now), busy[each.owner], _due(each), each.id),
         )
         waiting.remove(following)
         deeds[following.id] = Deed.START
         busy[following.owner] += 1
-        free -= 1
     return deeds
+
+
+def _has_room(record: BatchRecord | FineTuneRecord, busy: Counter[str], max_running: int) -> bool:
+    """Batches of one owner may wait for a model until their windows end: whoever has none under
+    way gets one beyond `max_running`. Fine-tunes do not wait, and hold what they reserve."""
+    beyond = isinstance(record, BatchRecord) and not busy[record.owner]
+    return busy.total() < (2 * max_running if beyond else max_running)
 
 
 def _hangs(record: BatchRecord | FineTuneRecord, job: Seen, now: float, lease_s: float) -> bool:

@@ -119,12 +119,12 @@ def test_what_was_never_begun_in_its_time_gets_a_job_that_says_so_of_every_row()
 
 def test_what_is_over_is_soon_done_and_comes_before_others():
     records = [
-        leased("a0"), batch("a1", expires_at=NOW - 1, starts=0), batch("a2"),
-        batch("b0", owner="bob"),
+        leased("a0"), leased("b0", owner="bob"), batch("a1", expires_at=NOW - 1, starts=0),
+        batch("a2", expires_at=NOW + 1), batch("b1", owner="bob"),
     ]  # fmt: skip
-    jobs = dict.fromkeys(r.id for r in records) | {"a0": RUNS}
-    deeds = together(records, jobs)
-    assert (deeds["a1"], deeds["a2"], deeds["b0"]) == (Deed.START, Deed.NOTHING, Deed.NOTHING)
+    jobs = dict.fromkeys(r.id for r in records) | {"a0": RUNS, "b0": RUNS}
+    deeds = together(records, jobs, max_running=3)
+    assert [name for name, each in deeds.items() if each is Deed.START] == ["a1"]
 
 
 def test_no_more_jobs_than_allowed():
@@ -147,6 +147,21 @@ def test_owners_take_turns_and_the_earliest_deadline_is_first():
     jobs = dict.fromkeys(r.id for r in records) | {"a0": RUNS}
     started = [k for k, v in together(records, jobs, max_running=3).items() if v is Deed.START]
     assert started == ["a1", "b1"]
+
+
+def test_an_owner_without_any_waits_for_nobody_elses():
+    """Ann's may wait for a model that is away, until their windows end."""
+    names = [("a0", "ann"), ("a1", "ann"), ("a2", "ann"), ("b0", "bob"), ("b1", "bob")]
+    names += [("c0", "cleo"), ("d0", "dan")]
+    records = [batch(name, owner=owner) for name, owner in names]
+    jobs = dict.fromkeys((name for name, _ in names), None)
+    started = [k for k, v in together(records, jobs).items() if v is Deed.START]
+    assert started == ["a0", "b0", "c0", "d0"]  # and no more: twice two
+    begun = jobs | {"a0": RUNS, "a1": RUNS}
+    started = [k for k, v in together(records[:5], begun).items() if v is Deed.START]
+    assert started == ["b0"]  # one, not two
+    held = begun | {"b0": RUNS, "c0": RUNS}
+    assert Deed.START not in together(records, held).values()
 
 
 # -- fine-tunes
@@ -183,3 +198,8 @@ def test_the_fine_tune_that_was_made_first_is_next():
     jobs = dict.fromkeys(r.id for r in records)
     deeds = together(records, jobs, max_running=1)
     assert deeds == {"new": Deed.NOTHING, "old": Deed.START}
+
+
+def test_of_fine_tunes_no_more_run_than_allowed_whoever_they_are_of():
+    records = [fine_tune("f0"), fine_tune("f1", owner="bob")]
+    assert together(records, {"f0": RUNS, "f1": None}, max_running=1)["f1"] is Deed.NOTHING
