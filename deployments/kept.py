@@ -45,6 +45,7 @@ class Kept(Generic[Record]):
         self._names: dict[str, str] = {}  # a record's last job
         self._running_since: dict[str, float] = {}  # a job's
         self._unclaimed: dict[str, tuple[int, int]] = {}  # a record's `starts`, jobs since then
+        self._jobless: set[str] = set()  # of them Ray knew no job, and none has claimed them since
         self._started: dict[str, float] = {}  # unix seconds of a record's last start
 
     def look(self, gateways: list[str]) -> tuple[bool, bool]:
@@ -70,6 +71,7 @@ class Kept(Generic[Record]):
             except LaunchError as error:
                 logger.warning("the job of %s: %s", record.id, error)
                 self._say(record, f"its job cannot be started now: {error}")
+        self._jobless &= {record.id for record in records}
         for ended in self._names.keys() - {record.id for record in records}:
             name = self._names.pop(ended)
             self._running_since.pop(name, None)
@@ -154,9 +156,15 @@ class Kept(Generic[Record]):
         raise LaunchError(f"Ray knows too many jobs of {record.id}")
 
     def _see(self, record: Record) -> Seen | None:
-        name = self._names.get(record.id) or self._last_name(record)
-        job = self._launcher.find(name) if name is not None else None
-        if name is None or job is None:
+        name = self._names.get(record.id)
+        if name is None:
+            # Hundreds may wait their turn, and each look would ask Ray of all of them.
+            if record.starts == 0 and record.id in self._jobless:
+                return None
+            name = self._last_name(record)
+        job = self._launcher.find(name)
+        if job is None:
+            self._jobless.add(record.id)
             return None
         self._names[record.id] = name
         if not job.running:
@@ -164,7 +172,7 @@ class Kept(Generic[Record]):
         since = self._running_since.setdefault(name, time.monotonic())
         return Seen(True, True, job.message, time.monotonic() - since)
 
-    def _last_name(self, record: Record) -> str | None:
+    def _last_name(self, record: Record) -> str:
         """Of a job that an earlier keeper has started."""
         for number in range(record.starts + 2, 1, -1):
             name = f"{record.id}-{number}"

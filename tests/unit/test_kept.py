@@ -36,6 +36,7 @@ class FakeLauncher:
         self.started: list[tuple[str, dict[str, float]]] = []
         self.stopped: list[str] = []
         self.away = False
+        self.asked = 0
 
     def start(self, module, record, job, gateways, metadata, **resources) -> None:
         if self.away:
@@ -45,6 +46,7 @@ class FakeLauncher:
         self.started.append((job, resources))
 
     def find(self, job: str) -> Job | None:
+        self.asked += 1
         return self.jobs.get(job)
 
     def stop(self, job: str) -> None:
@@ -242,6 +244,21 @@ def test_expired_responses_and_chats_go_however_many_and_nothing_else(bench, mon
 
 def kept_batches(bench: Bench, ray: Any) -> KeptBatches:
     return KeptBatches(bench.settings, bench.store, ray)
+
+
+def test_ray_is_not_asked_again_and_again_of_batches_that_wait_their_turn(bench, ray):
+    waiting = [bench.store.batches.create(batch_record(), 99).id for _ in range(20)]
+    kept = kept_batches(bench, ray)
+    kept.look([])
+    running = [name for name, _ in ray.started]
+    ray.asked = 0
+    kept.look([])
+    assert ray.asked == len(running) == bench.settings.batches.max_running
+    # Another keeper's job, of the time when there were two, is found once it has claimed its batch.
+    other = next(each for each in waiting if each not in running)
+    bench.store.batches.claim(other, "w", 60)
+    ray.now(other, live=False, running=False, message="killed")
+    assert kept.look([]) == (True, True)
 
 
 def with_rows(bench: Bench, **facts: Any) -> BatchRecord:
