@@ -8,7 +8,8 @@ from typing import Any
 
 import orjson
 
-from llm_engine.api.openai.problems import MAX_SHOWN, from_json
+from llm_engine.api.openai.problems import MAX_SHOWN
+from llm_engine.api.openai.requests import read
 from llm_engine.errors import InvalidRequest
 
 Values = dict[str, Any]
@@ -78,12 +79,7 @@ class Asked:
 
 def parse(body: bytes) -> Asked:
     """Raises InvalidRequest for the first thing that is wrong."""
-    try:
-        data = orjson.loads(body)
-    except orjson.JSONDecodeError as error:
-        raise from_json(error, body) from None
-    if not isinstance(data, dict):
-        raise InvalidRequest("The request body must be a JSON object.", code="invalid_type")
+    data = read(body)
     _known(data, _FIELDS, "")
     model = _required(data, "model", "")
     if not isinstance(model, str) or not 0 < len(model) <= _MOST_NAME:
@@ -105,7 +101,7 @@ def parse(body: bytes) -> Asked:
             code="unsupported_parameter",
         )
     questions = [_question(name, each) for name, each in asked.items()]
-    return Asked(model, _text(state, "state"), questions)
+    return Asked(model, _text(state), questions)
 
 
 def _question(name: str, asked: Any) -> Question:
@@ -117,7 +113,7 @@ def _question(name: str, asked: Any) -> Question:
     _known(asked, _QUESTION_FIELDS, f"{where}.")
     kind = _required(asked, "type", f"{where}.")
     given = asked.get("instructions")
-    instructions = "" if given is None else _text(given, f"{where}.instructions")
+    instructions = "" if given is None else _text(given)
     criteria, where = asked.get("criteria"), f"{where}.criteria"
     legend: Values = {}
     match kind:
@@ -143,17 +139,14 @@ def _choices(criteria: Any, where: str) -> list[tuple[str, str]]:
     _check_count(criteria, 1, where)
     if "" in criteria:
         raise _invalid(where, "an option's name must not be empty")
-    return [
-        (name, "" if each is None else _text(each, f"{where}.{_short(name)}"))
-        for name, each in criteria.items()
-    ]
+    return [(name, "" if each is None else _text(each)) for name, each in criteria.items()]
 
 
 def _levels(criteria: Any, where: str) -> list[tuple[str, str]]:
     if not isinstance(criteria, list):
         raise _invalid(where, "it must be a list of levels, the lowest first", "invalid_type")
     _check_count(criteria, 2, where)
-    return [(_text(level, f"{where}[{n}]"), "") for n, level in enumerate(criteria)]
+    return [(_text(level), "") for n, level in enumerate(criteria)]
 
 
 def _truth(criteria: Any, where: str) -> list[tuple[str, str]]:
@@ -165,7 +158,7 @@ def _truth(criteria: Any, where: str) -> list[tuple[str, str]]:
         )
     _known(criteria, frozenset(("true", "false")), f"{where}.")
     told = [criteria.get(side) for side in ("true", "false")]
-    texts = ["" if each is None else _text(each, where) for each in told]
+    texts = ["" if each is None else _text(each) for each in told]
     return list(zip(("yes", "no"), texts, strict=True))
 
 
@@ -176,14 +169,9 @@ def _check_count(criteria: dict[str, Any] | list[Any], least: int, where: str) -
         )
 
 
-def _text(value: Any, where: str) -> str:
+def _text(value: Any) -> str:
     """Anything as a model reads it."""
-    if isinstance(value, str):
-        return value
-    try:
-        return orjson.dumps(value).decode()
-    except TypeError:
-        raise _invalid(where, "it is nested too deeply") from None
+    return value if isinstance(value, str) else orjson.dumps(value).decode()
 
 
 def _known(given: Values, fields: frozenset[str], where: str) -> None:

@@ -146,10 +146,20 @@ def test_what_is_no_json_object_is_refused(gateway: GatewayThread, content: byte
         problem(plain.post("/sference/v1/decisions", content=content))
 
 
-def test_what_is_nested_too_deeply_is_refused(gateway: GatewayThread):
-    content = b'{"model": "fake", "questions": {}, "state": ' + b"[" * 600 + b"]" * 600 + b"}"
+@pytest.mark.parametrize(
+    "content",
+    [
+        b'{"model": "fake", "questions": {}, "state": ' + b"[" * 600 + b"]" * 600 + b"}",
+        # It could be read, and written as far down as it is, but not where the legend has it.
+        b'{"model": "fake", "state": "s", "questions": {"q": {"type": "score", "criteria": ["a", '
+        + b"[" * 252 + b"]" * 252 + b"]}}}",
+    ],
+    ids=["state", "level"],
+)  # fmt: skip
+def test_what_is_nested_too_deeply_is_refused(gateway: GatewayThread, content: bytes):
     with http(gateway) as plain:
-        problem(plain.post("/sference/v1/decisions", content=content))
+        told, _ = problem(plain.post("/sference/v1/decisions", content=content))
+    assert "nested too deeply" in told
 
 
 def test_an_unknown_model_and_a_key_that_may_not(gateway: GatewayThread):
