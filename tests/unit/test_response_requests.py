@@ -35,3 +35,12 @@ def test_no_field_gets_past_the_checks_under_the_name_that_changes_are_kept_by(p
     told = asked(parse(orjson.dumps(body)))
     fields = {"model", "input", "request_id", "store", "stream", "temperature"}
     assert told.keys() - {"include_reasoning"} == fields and told["temperature"] == 0.5
+
+
+@pytest.mark.parametrize("parse", [openai.parse, of_sference], ids=["openai", "sference"])
+@pytest.mark.parametrize(("wanted", "sent"), [(2, 3), (20, 20), (0, 0)])
+def test_engines_are_asked_for_one_more_of_the_top_than_is_shown(parse, wanted, sent):
+    """They count the sampled token as one of them."""
+    new = parse(orjson.dumps({"model": "m", "input": "hi", "top_logprobs": wanted}))
+    assert asked(new)["top_logprobs"] == sent
+    assert new.request["top_logprobs"] == wanted

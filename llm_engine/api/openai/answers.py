@@ -6,6 +6,7 @@ Knows nothing of HTTP or of event framing. No I/O.
 
 import re
 import secrets
+from collections.abc import Iterable
 from typing import Any
 
 import orjson
@@ -129,10 +130,14 @@ def _message(message: Object) -> Object:
 
 def _rewrite_logprobs(logprobs: Object, top: int | None) -> None:
     logprobs.setdefault("refusal", None)
-    if top is None:
-        return
-    for token in logprobs["content"] or ():
-        # vLLM lists the sampled token first, whatever its rank; `requests` asked for one more.
+    if top is not None:
+        keep_likeliest(logprobs["content"] or (), top)
+
+
+def keep_likeliest(tokens: Iterable[Object], top: int) -> None:
+    """Of each token's `top_logprobs`. vLLM lists the sampled token first, whatever its rank;
+    `requests` asked for one more."""
+    for token in tokens:
         likeliest = sorted(token["top_logprobs"], key=_logprob, reverse=True)
         token["top_logprobs"] = likeliest[:top]
 

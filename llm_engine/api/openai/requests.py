@@ -134,12 +134,15 @@ def _check_chat(data: Body) -> Body:
         check_labels(get("metadata"))
         # It is kept here: whoever answers need not keep it, too.
         changes |= {"store": _DROP, "metadata": _DROP}
-    wanted = get("top_logprobs")
-    if wanted and wanted < 20 and get("logprobs") and not get("logprob_token_ids"):
-        # vLLM counts the sampled token as one of the top: with one more, the true top is whole.
-        # `answers` sorts and cuts it.
-        changes["top_logprobs"] = wanted + 1
+    if get("logprobs") and not get("logprob_token_ids"):
+        changes |= _one_more(get("top_logprobs"))
     return changes
+
+
+def _one_more(wanted: int | None) -> Body:
+    """vLLM counts the sampled token as one of the top: with one more, the true top is whole.
+    `answers.keep_likeliest` sorts and cuts it."""
+    return {"top_logprobs": wanted + 1} if wanted and wanted < 20 else {}
 
 
 def check_labels(metadata: dict[str, str] | None) -> None:
@@ -277,7 +280,7 @@ def _check_response(data: Body) -> Body:
     include = get("include") or []
     if get("top_logprobs") and _LOGPROBS not in include:
         changes["include"] = [*include, _LOGPROBS]
-    return changes
+    return changes | _one_more(get("top_logprobs"))
 
 
 _LOGPROBS = "message.output_text.logprobs"

@@ -11,7 +11,7 @@ from typing import Any
 
 import orjson
 
-from llm_engine.api.openai.answers import engine_error
+from llm_engine.api.openai.answers import engine_error, keep_likeliest
 from llm_engine.api.requests import EngineRequest
 from llm_engine.api.responses.shown import show, usage_of
 from llm_engine.errors import APIError, InternalError
@@ -41,6 +41,7 @@ class Turn:
         self._broken = False
         self._served: str | None = None
         self._store = store
+        self._top_logprobs: int = record.request.get("top_logprobs") or 0
         self._sequence = record.told
         self._events: list[Event] = []
         self._items: dict[int, Item] = {}  # finished ones, by their place
@@ -124,7 +125,7 @@ class Turn:
             error = told.get("error") or {}
             return self.fail(InternalError(str(error.get("message") or "The engine failed.")))
         reason = (told.get("incomplete_details") or {}).get("reason")
-        output = [_item(item) for item in told.get("output") or ()]
+        output = [self._item(item) for item in told.get("output") or ()]
         if len(self._items) == len(output):
             output = self._output()  # by the ids that were told already
         self.end = ResponseEnd(
@@ -142,14 +143,31 @@ class Turn:
     def _pass_on(self, event: Event) -> None:
         self.told_output = True
         if "item" in event:
-            event["item"] = _item(event["item"])
+            event["item"] = self._item(event["item"])
             if event["type"] == "response.output_item.done":
                 self._items[event["output_index"]] = event["item"]
         if "part" in event:
-            event["part"] = _part(event["part"])
+            event["part"] = self._part(event["part"])
         if event["type"] in ("response.output_text.delta", "response.output_text.done"):
-            event["logprobs"] = event.get("logprobs") or []
+            event["logprobs"] = self._logprobs(event)
         self._add({key: value for key, value in event.items() if value is not None})
+
+    def _item(self, item: Item) -> Item:
+        shown = {key: value for key, value in item.items() if value is not None or key in _NULLS}
+        if isinstance(shown.get("content"), list):
+            shown["content"] = [self._part(part) for part in shown["content"]]
+        return shown
+
+    def _part(self, part: Item) -> Item:
+        if part.get("type") != "output_text":
+            return {key: value for key, value in part.items() if value is not None}
+        annotations = part.get("annotations") or []
+        return part | {"annotations": annotations, "logprobs": self._logprobs(part)}
+
+    def _logprobs(self, text: Item) -> list[Item]:
+        found = text.get("logprobs") or []
+        keep_likeliest(found, self._top_logprobs)
+        return found
 
     def _output(self) -> list[Item]:
         return [self._items[place] for place in sorted(self._items)]
@@ -162,19 +180,3 @@ class Turn:
 def ended(record: ResponseRecord, end: ResponseEnd, at: float) -> ResponseRecord:
     """The record as it is then."""
     return replace(record, **end.of(record), ended_at=at)
-
-
-def _item(item: Item) -> Item:
-    shown = {key: value for key, value in item.items() if value is not None or key in _NULLS}
-    if isinstance(shown.get("content"), list):
-        shown["content"] = [_part(part) for part in shown["content"]]
-    return shown
-
-
-def _part(part: Item) -> Item:
-    if part.get("type") != "output_text":
-        return {key: value for key, value in part.items() if value is not None}
-    return part | {
-        "annotations": part.get("annotations") or [],
-        "logprobs": part.get("logprobs") or [],
-    }
