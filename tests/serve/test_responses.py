@@ -57,6 +57,7 @@ def test_it_ends_where_its_tokens_do(client: OpenAI):
             made = last.response
         assert made.status == "incomplete"
         assert made.incomplete_details.reason == "max_output_tokens"
+        assert made.output[-1].status == "incomplete"
         assert made.usage.output_tokens == 2
 
 

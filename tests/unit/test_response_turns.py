@@ -8,6 +8,7 @@ import pytest
 from llm_engine.api.requests import EngineRequest, Kind
 from llm_engine.api.responses.shown import show
 from llm_engine.api.responses.turn import Turn, ended
+from llm_engine.errors import InternalError
 from tests.stores.making import response
 
 Event = dict[str, Any]
@@ -83,3 +84,48 @@ def test_top_logprobs_are_the_likeliest_in_order(top: int | None, likeliest: lis
     for [token] in lists:
         assert [each["token"] for each in token["top_logprobs"]] == likeliest
     assert show(ended(made.record, made.close(), 1.0))["top_logprobs"] == (top or 0)
+
+
+#: A call that `max_output_tokens` has cut short, as vLLM tells it.
+CUT = {"id": "fc_1", "type": "function_call", "call_id": "call_1", "name": "f",
+       "arguments": '{"a', "status": "completed"}  # fmt: skip
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("cut", [message(part(), "msg_2"), CUT], ids=["message", "call"])
+def test_an_item_that_was_cut_short_is_incomplete_wherever_it_is_told(cut: Event, streamed: bool):
+    made, first = turn(), message(part())
+    end = completed(first, cut, status="incomplete")
+    added = {"type": "response.output_item.added", "output_index": 1, "item": cut}
+    if streamed:
+        told = hear(made, done(first), added, done(cut, 1), end)
+        assert [event["type"].split(".")[-1] for event in told] == ["done", "added", "done"]
+        assert [told[n]["item"]["status"] for n in (0, 2)] == ["completed", "incomplete"]
+        told.append(orjson.loads(made.last(ended(made.record, made.close(), 1.0))))
+        assert [event["sequence_number"] for event in told] == [0, 1, 2, 3]
+        assert told[3]["type"] == "response.incomplete"
+    else:
+        made.answer(ASKED, orjson.dumps(end["response"]))
+    assert [item["status"] for item in made.close().output] == ["completed", "incomplete"]
+
+
+def test_only_the_end_of_an_item_is_held_back_and_no_longer_than_to_the_next_event():
+    made, item = turn(), message(part())
+    added = {"type": "response.output_item.added", "output_index": 0, "item": item}
+    assert len(hear(made, added)) == 1
+    assert hear(made, done(item)) == []
+    more = {"type": "response.output_item.added", "output_index": 1, "item": CUT}
+    told = hear(made, more)
+    assert [event["type"] for event in told] == ["response.output_item.done", more["type"]]
+    assert [event["sequence_number"] for event in told] == [1, 2]
+
+
+def test_an_item_that_had_ended_when_the_engine_failed_is_told_of():
+    made, item = turn(), message(part())
+    assert hear(made, done(item)) == []
+    made.failure(InternalError("It died."))
+    [told] = hear(made)
+    last = orjson.loads(made.last(ended(made.record, made.close(), 1.0)))
+    assert told["item"]["status"] == "completed" and last["type"] == "response.failed"
+    assert (told["sequence_number"], last["sequence_number"]) == (0, 1)
+    assert [each["status"] for each in made.close().output] == ["completed"]

@@ -2,8 +2,9 @@
 
 vLLM's stream lacks some of OpenAI's events and has its own idea of others (reference: OpenAI's
 streaming events, and vllm/entrypoints/openai/responses/streaming_events.py): it begins with its
-own picture of the response and ends with `response.completed`, however it ended. Here the picture
-is ours, and the end has the name of what happened.
+own picture of the response and ends with `response.completed`, however it ended; every item is
+completed, also the one that a limit has cut short. Here the picture is ours, and the end has the
+name of what happened.
 """
 
 from dataclasses import replace
@@ -45,6 +46,8 @@ class Turn:
         self._sequence = record.told
         self._events: list[Event] = []
         self._items: dict[int, Item] = {}  # finished ones, by their place
+        #: The end of an item, held back: whether it was cut short is known from what comes next.
+        self._held: list[Event] = []
 
     # -- the dispatcher's side
 
@@ -80,10 +83,12 @@ class Turn:
     def begin(self, *words: str) -> None:
         """Tell with these words that it has begun: created, queued, in_progress."""
         for word in words:
-            self._add({"type": f"response.{word}", "response": show(self.record, self._store)})
+            shown = show(self.record, self._store)
+            self._events.append({"type": f"response.{word}", "response": shown})
 
     def fail(self, error: APIError) -> None:
         """It broke off, or could not begin."""
+        self._let_go()
         wrong = 400 <= error.status < 500 and error.status != 429
         code = "rate_limit_exceeded" if error.status == 429 else "server_error"
         self.end = ResponseEnd(
@@ -107,15 +112,14 @@ class Turn:
 
     def take(self) -> list[bytes]:
         """The events since the last time, in JSON."""
-        events = [orjson.dumps(event) for event in self._events]
+        events = [self._numbered(event) for event in self._events]
         self._events.clear()
         return events
 
     def last(self, ended: ResponseRecord) -> bytes:
-        """The event that ends it, in JSON."""
-        event = {"type": f"response.{ended.state}", "response": show(ended, self._store)}
-        self._add(event)
-        return orjson.dumps(self._events.pop())
+        """The event that ends it, in JSON. What was not taken before is not told."""
+        shown = show(ended, self._store)
+        return self._numbered({"type": f"response.{ended.state}", "response": shown})
 
     # -- inside
 
@@ -128,6 +132,10 @@ class Turn:
         output = [self._item(item) for item in told.get("output") or ()]
         if len(self._items) == len(output):
             output = self._output()  # by the ids that were told already
+        if state is ResponseState.INCOMPLETE:
+            for item in (*output[-1:], *(event["item"] for event in self._held)):
+                item["status"] = "incomplete"
+        self._let_go()
         self.end = ResponseEnd(
             state,
             output=output,
@@ -142,15 +150,23 @@ class Turn:
 
     def _pass_on(self, event: Event) -> None:
         self.told_output = True
+        self._let_go()
         if "item" in event:
             event["item"] = self._item(event["item"])
-            if event["type"] == "response.output_item.done":
-                self._items[event["output_index"]] = event["item"]
         if "part" in event:
             event["part"] = self._part(event["part"])
         if event["type"] in ("response.output_text.delta", "response.output_text.done"):
             event["logprobs"] = self._logprobs(event)
-        self._add({key: value for key, value in event.items() if value is not None})
+        shown = {key: value for key, value in event.items() if value is not None}
+        if event["type"] == "response.output_item.done":
+            self._items[event["output_index"]] = event["item"]
+            self._held.append(shown)
+        else:
+            self._events.append(shown)
+
+    def _let_go(self) -> None:
+        self._events += self._held
+        self._held.clear()
 
     def _item(self, item: Item) -> Item:
         shown = {key: value for key, value in item.items() if value is not None or key in _NULLS}
@@ -172,9 +188,11 @@ class Turn:
     def _output(self) -> list[Item]:
         return [self._items[place] for place in sorted(self._items)]
 
-    def _add(self, event: Event) -> None:
-        self._events.append(event | {"sequence_number": self._sequence})
+    def _numbered(self, event: Event) -> bytes:
+        """In JSON. Only what is told has a number: there are no gaps."""
+        numbered = event | {"sequence_number": self._sequence}
         self._sequence += 1
+        return orjson.dumps(numbered)
 
 
 def ended(record: ResponseRecord, end: ResponseEnd, at: float) -> ResponseRecord:
