@@ -78,13 +78,16 @@ class Conversations:
         conversation: str,
         *,
         limit: int,
+        most_bytes: int,
         after: str | None = None,
         newest_first: bool = False,
         until: int | None = None,
     ) -> tuple[list[Placed], bool]:
-        """And whether there are more. `until`: of those with no higher serial. Raises NotFound,
+        """As many as are no more than `limit` and, as JSON, no more than `most_bytes`, but at least
+        one; and whether there are more. `until`: of those with no higher serial. Raises NotFound,
         also where there is no item `after`."""
-        wanted = sa.select(items.serial, items.data).where(items.conversation == conversation)
+        size = sa.func.length(sa.cast(items.data, sa.Text))
+        wanted = sa.select(items.serial, size).where(items.conversation == conversation)
         wanted = wanted.order_by(items.serial.desc() if newest_first else items.serial)
         if until is not None:
             wanted = wanted.where(items.serial <= until)
@@ -95,8 +98,13 @@ class Conversations:
                 wanted = wanted.where(
                     items.serial < place if newest_first else items.serial > place
                 )
-            found = [Placed(*row) for row in connection.execute(wanted.limit(limit + 1))]
-        return found[:limit], len(found) > limit
+            serials, more = _fitting(connection, wanted.limit(limit + 1), limit, most_bytes)
+            if not serials:
+                return [], False
+            wanted = wanted.with_only_columns(items.serial, items.data)
+            wanted = wanted.where(items.serial.between(min(serials), max(serials)))
+            found = [Placed(*row) for row in connection.execute(wanted)]
+        return found, more
 
     def item(self, conversation: str, item: str) -> Item:
         """Raises NotFound."""
@@ -151,6 +159,20 @@ def _known(connection: sa.Connection, conversation: str, ids: list[str]) -> Sequ
     """Of these, those that are in the conversation."""
     there = sa.select(items.item).where(items.conversation == conversation, items.item.in_(ids))
     return connection.execute(there).scalars().all()
+
+
+def _fitting(
+    connection: sa.Connection, sizes: sa.Select[tuple[int, int]], limit: int, most_bytes: int
+) -> tuple[list[int], bool]:
+    """As `items`, by serial and size: nothing large is read only to be left out."""
+    fitting: list[int] = []
+    with connection.execute(sizes) as rows:
+        for serial, size in rows:
+            most_bytes -= size
+            if len(fitting) == limit or (fitting and most_bytes < 0):
+                return fitting, True
+            fitting.append(serial)
+    return fitting, False
 
 
 def no_conversation(conversation: str) -> NotFound:

@@ -180,6 +180,24 @@ def test_items_may_be_as_large_as_any_request(client: OpenAI):
     assert len(client.conversations.items.list(talk.id).data) == 2
 
 
+def test_a_conversation_that_is_too_large_is_not_gone_on_from():
+    item = {"type": "message", "role": "user", "content": "x" * 1500}
+    small = GatewayThread([fake_endpoint("fake")], max_body_bytes=4096)
+    with small as gateway, gateway.openai("none") as client:
+        talk = client.conversations.create(items=[item])
+        early = say(client, conversation=talk.id)
+        for _ in range(3):
+            client.conversations.items.create(talk.id, items=[item])
+        with pytest.raises(openai.BadRequestError, match=r"4096 bytes .gateway.max_body") as caught:
+            say(client, conversation=talk.id)
+        problem = (caught.value.code, caught.value.param)
+        assert problem == ("context_length_exceeded", "conversation")
+        assert say(client, previous_response_id=early.id).status == "completed"  # small then
+        page = client.conversations.items.list(talk.id, limit=100)
+        assert len(page.data) == 2 and page.has_more
+        assert len(list(page)) == 6  # the client asks for the rest
+
+
 # -- what engines are asked
 
 

@@ -395,16 +395,16 @@ def test_a_conversation_goes_on_with_each_response(store: Store):
     talk = conversation(store)
     made = claimed(store, conversation=talk)
     store.responses.end(made, DONE)
-    placed, more = store.conversations.items(talk, limit=10)
+    placed, more = store.conversations.items(talk, limit=10, most_bytes=MANY)
     assert [each.data for each in placed] == [*made.input, *DONE.output] and not more
-    earlier, _ = store.conversations.items(talk, limit=10, until=placed[0].serial)
+    earlier, _ = store.conversations.items(talk, limit=10, most_bytes=MANY, until=placed[0].serial)
     assert [each.data for each in earlier] == made.input
 
 
 def test_a_failed_response_leaves_its_conversation(store: Store):
     talk = conversation(store)
     store.responses.end(claimed(store, conversation=talk), ResponseEnd(_S.FAILED))
-    assert store.conversations.items(talk, limit=10) == ([], False)
+    assert store.conversations.items(talk, limit=10, most_bytes=MANY) == ([], False)
 
 
 def test_a_response_outlives_its_conversation(store: Store):
@@ -420,21 +420,41 @@ def test_items_of_a_conversation(store: Store):
     store.conversations.add_items(talk, new, 5)
     with pytest.raises(Conflict, match="max_conversation_items"):
         store.conversations.add_items(talk, [message()], 5)
-    page, more = store.conversations.items(talk, limit=2, newest_first=True)
+    page, more = store.conversations.items(talk, limit=2, most_bytes=MANY, newest_first=True)
     assert [each.data for each in page] == new[:2:-1] and more
-    rest, _ = store.conversations.items(talk, limit=9, newest_first=True, after=new[3]["id"])
+    rest, _ = store.conversations.items(
+        talk, limit=9, most_bytes=MANY, newest_first=True, after=new[3]["id"]
+    )
     assert [each.data for each in rest] == new[2::-1]
     assert store.conversations.item(talk, new[0]["id"]) == new[0]
     store.conversations.delete_item(talk, new[0]["id"])
     for ask in (
         lambda: store.conversations.item(talk, new[0]["id"]),
         lambda: store.conversations.item("no", "no"),
-        lambda: store.conversations.items(talk, limit=1, after="no"),
+        lambda: store.conversations.items(talk, limit=1, most_bytes=MANY, after="no"),
         lambda: store.conversations.change("no", {}),
     ):
         with pytest.raises(NotFound):
             ask()
     assert store.conversations.change(talk, {"a": "b"}).metadata == {"a": "b"}
+
+
+def test_items_are_no_more_than_so_many_bytes_but_at_least_one(store: Store):
+    talk = conversation(store)
+    new = store.conversations.add_items(talk, [message("x" * 1000) for _ in range(4)], 5)
+
+    def page(**asked: Any) -> tuple[list[str], bool]:
+        placed, more = store.conversations.items(talk, limit=4, **asked)
+        return [each.data["id"] for each in placed], more
+
+    ids = [item["id"] for item in new]
+    assert page(most_bytes=5000) == (ids, False)
+    assert page(most_bytes=3000) == (ids[:2], True)
+    assert page(most_bytes=3000, newest_first=True) == (ids[:1:-1], True)
+    assert page(most_bytes=3000, after=ids[1]) == (ids[2:], False)
+    assert page(most_bytes=10) == (ids[:1], True)
+    assert page(most_bytes=10, after=ids[2]) == (ids[3:], False)
+    assert page(most_bytes=10, after=ids[3]) == ([], False)
 
 
 # -- streams

@@ -107,7 +107,11 @@ def build_router(services: Services) -> APIRouter:
 
         def read() -> Values:
             placed, more = store.items(
-                conversation, limit=limit, after=after, newest_first=order == "desc"
+                conversation,
+                limit=limit,
+                most_bytes=largest,
+                after=after,
+                newest_first=order == "desc",
             )
             return list_row([each.data for each in placed], more)
 

@@ -50,7 +50,17 @@ async def _of_conversation(
         if not who.sees(conversations.get(conversation).owner):
             raise no_conversation(conversation)
         most = services.settings.responses.max_conversation_items
-        placed, more = conversations.items(conversation, limit=most, until=until)
+        most_bytes = services.settings.gateway.max_body_bytes
+        placed, more = conversations.items(
+            conversation, limit=most, most_bytes=most_bytes, until=until
+        )
+        if more and len(placed) < most:  # it is not their number
+            raise InvalidRequest(
+                f"The conversation is over {most_bytes} bytes (gateway.max_body_bytes). Begin "
+                "another one, with what matters of it.",
+                param="conversation",
+                code="context_length_exceeded",
+            )
         if more:
             raise InvalidRequest(
                 f"The conversation has over {most} items (responses.max_conversation_items). Begin "
