@@ -20,6 +20,7 @@ def gateway() -> Iterator[GatewayThread]:
     engines = [
         fake_endpoint("fake"),
         fake_endpoint("slow", vllm_args={"token_delay_s": 0.05}),
+        fake_endpoint("slowest", vllm_args={"token_delay_s": 10}),
         fake_endpoint("tired", fallback="fake"),
         fake_endpoint("vectors", task="embed"),
     ]
@@ -277,6 +278,18 @@ def list_until(stream: Any, count: int) -> list[Any]:
             stream.close()
             return found
     return found
+
+
+def test_the_last_events_do_not_wait_for_the_next_ones(client: OpenAI):
+    """This engine says a word in ten seconds."""
+    asked = {"model": "slowest", "input": "hi", "background": True, "stream": True}
+    stream = client.responses.create(**asked)
+    began = time.monotonic()
+    made = next(stream).response
+    assert any(event.type == "response.content_part.added" for event in stream)
+    assert time.monotonic() - began < 5
+    stream.close()
+    client.responses.cancel(made.id)
 
 
 def test_cancelled_within_a_second(client: OpenAI, gateway: GatewayThread):

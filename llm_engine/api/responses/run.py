@@ -1,6 +1,7 @@
 """One response in the background, from its claim to its end."""
 
 import asyncio
+import contextlib
 import logging
 import time
 
@@ -11,7 +12,7 @@ from llm_engine.api.responses.context import context_of
 from llm_engine.api.responses.engine import engine_request
 from llm_engine.api.responses.tail import Tail
 from llm_engine.api.responses.turn import Turn, ended
-from llm_engine.errors import APIError, EngineFailed, InternalError
+from llm_engine.errors import APIError, EngineFailed, InternalError, LeaseLost
 from llm_engine.patience import backoff, patiently
 from llm_engine.records import Principal, Scope
 from llm_engine.responses import ResponseEnd, ResponseRecord
@@ -55,6 +56,8 @@ class Run:
         self._turn = Turn(record)
         self._unsaid: list[bytes] = []
         self._saved_at = time.monotonic()
+        self._saving = asyncio.Lock()
+        self._soon: asyncio.Task[None] | None = None
         self._bytes = 0
         self._decided: ResponseEnd | None = None
         self._last: bytes | None = None  # the event that ends it
@@ -135,22 +138,35 @@ class Run:
         waited = time.monotonic() - self._saved_at
         if len(self._unsaid) >= TOGETHER or (self._unsaid and waited >= TOGETHER_S):
             await self._save()
+        elif self._unsaid and (self._soon is None or self._soon.done()):
+            self._soon = asyncio.create_task(self._save_soon())
+
+    async def _save_soon(self) -> None:
+        """The engine may say nothing more for long."""
+        await asyncio.sleep(TOGETHER_S)
+        # What keeps it from being written is met by whoever writes next.
+        with contextlib.suppress(APIError, LeaseLost):
+            await self._save()
 
     async def _save(self) -> None:
-        events = list(self._unsaid)  # they stay until they are known to be written
-        self._record = await patiently(self._store.tell, self._record, events)
-        del self._unsaid[: len(events)]
-        self._saved_at = time.monotonic()
+        async with self._saving:
+            if not self._unsaid or self._decided is not None:
+                return
+            events = list(self._unsaid)  # they stay until they are known to be written
+            self._record = await patiently(self._store.tell, self._record, events)
+            del self._unsaid[: len(events)]
+            self._saved_at = time.monotonic()
         self._tail.poke()
 
     async def _end(self, end: ResponseEnd) -> None:
         """Whoever cancels it while its end is being written is too late."""
         end = self._decided = self._decided or end
-        events: list[bytes] | None = None
-        if self._record.streamed:
-            self._unsaid += self._turn.take()
-            if self._last is None:
-                self._last = self._turn.last(ended(self._record, end, time.time()))
-            events = [*self._unsaid, self._last]
-        await patiently(self._store.end, self._record, end, events)
+        async with self._saving:
+            events: list[bytes] | None = None
+            if self._record.streamed:
+                self._unsaid += self._turn.take()
+                if self._last is None:
+                    self._last = self._turn.last(ended(self._record, end, time.time()))
+                events = [*self._unsaid, self._last]
+            await patiently(self._store.end, self._record, end, events)
         self._tail.poke()
