@@ -140,7 +140,7 @@ class Controller:
             self._log_change(told)
             statuses.append(told)
         call = self._router.set_endpoints.remote(statuses)
-        reports, has_directory = await asyncio.wait_for(call, 10)
+        reports, complete, has_directory = await asyncio.wait_for(call, 10)
         if not has_directory:  # it has restarted since it was told
             self._directory_mark = None
             with contextlib.suppress(StoreUnavailable):
@@ -148,7 +148,7 @@ class Controller:
         # Only now: what the store calls READY can be asked.
         for each, told in zip(tended, statuses, strict=True):
             await self._persist(each, told)
-        self._hear(reports)
+        self._hear(reports, complete)
         return all(
             each.record.settled
             and told.state is EndpointState.READY
@@ -319,13 +319,13 @@ class Controller:
 
     # -- status
 
-    def _hear(self, reports: list[ReplicaReport]) -> None:
+    def _hear(self, reports: list[ReplicaReport], complete: bool) -> None:
         grouped: dict[str, list[ReplicaReport]] = defaultdict(list)
         for report in reports:
             grouped[report.endpoint].append(report)
         for name, tended in self._tended.items():
             before = tended.states
-            tended.hear(grouped.get(name, ()))
+            tended.hear(grouped.get(name, ()), complete)
             if tended.states != before:
                 self._hurry.set()  # its status is another one now
 
@@ -376,7 +376,7 @@ class Controller:
             logger.info("endpoint %s is %s %s", status.name, status.state, status.reason or "")
 
 
-def _kill_unplaced(application: str, placed: set[str]) -> None:
+def _kill_unplaced(application: str, placed: set[str] | None) -> None:
     replica.kill(replica.unplaced(application, placed))
 
 

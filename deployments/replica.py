@@ -72,14 +72,17 @@ async def scale(application: str, deployment: str, replicas: int) -> None:
     await client._controller.update_deployment_replicas.remote(wanted, replicas)
 
 
-def unplaced(application: str, placed: Container[str]) -> list[dict[str, str]]:
-    """The application's replicas that no node runs yet; `placed` have said a word.
+def unplaced(application: str, placed: Container[str] | None) -> list[dict[str, str]]:
+    """The application's replicas that no node runs yet; `placed` have said a word. None where it
+    is not known who has: whoever serves or drains must not be killed.
 
     Serve asks those, too, to shut down gracefully, and waits for the answer as long as a running
     replica may take to drain: end them with `kill`. Private, so: it is here only, and a test
     deletes such an endpoint.
     """
-    found = []
+    found: list[dict[str, str]] = []
+    if placed is None:
+        return found
     for actor in ray.util.list_named_actors(all_namespaces=True):
         if ReplicaID.is_full_id_str(actor["name"]):
             replica = ReplicaID.from_full_id_str(actor["name"])

@@ -28,6 +28,9 @@ WATCH_S = 10.0
 LOAD_REFRESH_S = 0.25
 #: A router that has just started gives every replica this long to report before it tells anyone.
 HEARING_S = 1.5
+#: And this long, and one of their intervals, before a replica that is silent counts as none at all:
+#: a call to the router before may have to fail first.
+ROLL_CALL_S = 15.0
 #: Silent for so many of its intervals, a replica is taken for dead.
 MISSED_REPORTS = 6
 #: Replicas that were forgotten and might come back; older ones are only a sum.
@@ -38,6 +41,7 @@ MOST_GONE = 1000
 class ModelRouter:
     def __init__(self) -> None:
         replica.prepare()
+        self._began_at = time.monotonic()
         self._reports: dict[str, ReplicaReport] = {}
         self._heard: dict[str, float] = {}
         self._endpoints: dict[str, EndpointStatus] = {}
@@ -77,9 +81,10 @@ class ModelRouter:
 
     async def set_endpoints(
         self, endpoints: list[EndpointStatus]
-    ) -> tuple[list[ReplicaReport], bool]:
-        """The controller's word on each endpoint. Returns what is known of the replicas, and
-        whether a directory is: a router that has just started has none."""
+    ) -> tuple[list[ReplicaReport], bool, bool]:
+        """The controller's word on each endpoint. Returns what is known of the replicas, whether
+        these are all that run, and whether a directory is known: a router that has just started
+        has heard of few replicas, and of no directory."""
         self._start_housekeeping()
         if self._endpoints_at is None:
             self._endpoints_at = time.monotonic()
@@ -87,7 +92,8 @@ class ModelRouter:
         if fresh != self._endpoints:
             self._endpoints = fresh
             self._redraw()
-        return list(self._reports.values()), self._directory.version != 0
+        complete = time.monotonic() - self._began_at > ROLL_CALL_S + self._interval()
+        return list(self._reports.values()), complete, self._directory.version != 0
 
     async def set_directory(self, directory: Directory) -> None:
         """The controller's word on keys, registered models and adapters."""

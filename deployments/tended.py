@@ -32,6 +32,8 @@ class Tended:
     def __init__(self, record: EndpointRecord, resources_timeout_s: float) -> None:
         self.take(record)
         self.reports: Reports = ()
+        #: Replicas that a node runs. None: not known, so nobody may be taken for one that waits.
+        self.placed: set[str] | None = None
         self.deployed_at: float | None = None  # unix seconds; None: not by this controller
         self.began_at: float | None = None  # a deployment, or a waking from no replicas
         self.problem: str | None = None  # why it could not be deployed
@@ -63,11 +65,6 @@ class Tended:
         return self.record.id.startswith(PROVISIONAL)
 
     @property
-    def placed(self) -> set[str]:
-        """Replicas that a node runs, as far as is known."""
-        return {report.replica for report in self.reports}
-
-    @property
     def states(self) -> dict[str, ReplicaState]:
         """By replica."""
         return {report.replica: report.state for report in self.reports}
@@ -78,9 +75,10 @@ class Tended:
         self.take(replace(record, deployed=record.deployed or deployed))
         self.unsaved = record.deployed is None and deployed is not None
 
-    def hear(self, reports: Reports) -> None:
-        """What its replicas say of themselves."""
+    def hear(self, reports: Reports, complete: bool) -> None:
+        """What its replicas say of themselves; `complete`: each that runs has said a word."""
         self.reports = reports
+        self.placed = {report.replica for report in reports} if complete else None
         tokens = sum(r.load.prompt_tokens + r.load.generated_tokens for r in reports)
         self._active = tokens != self._tokens
         self._tokens = tokens

@@ -115,9 +115,9 @@ async def test_a_replica_that_drains_is_not_called_ready_by_a_look_that_began_be
 async def test_a_router_that_has_restarted_says_that_it_knows_no_keys_and_models():
     router = ModelRouter.func_or_class()
     try:
-        assert await router.set_endpoints([]) == ([], False)
+        assert await router.set_endpoints([]) == ([], False, False)
         await router.set_directory(Directory(1))
-        assert await router.set_endpoints([]) == ([], True)
+        assert await router.set_endpoints([]) == ([], False, True)
     finally:
         router._housekeeping.cancel()
 

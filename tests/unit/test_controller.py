@@ -1,0 +1,162 @@
+"""What the controller does with a cluster and a store that are not as they were: no Ray runs."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from ray.serve.schema import (
+    ApplicationStatus,
+    ApplicationStatusOverview,
+    DeploymentStatus,
+    DeploymentStatusOverview,
+    DeploymentStatusTrigger,
+)
+
+from deployments import controller as module
+from deployments import router as router_module
+from deployments.controller import Controller
+from deployments.engine import NAME
+from deployments.router import ModelRouter
+from llm_engine.config import EndpointSettings, parse
+from llm_engine.endpoints import OPERATOR, generation
+from llm_engine.records import ReplicaReport
+from llm_engine.statuses import ReplicaState
+from llm_engine.store.sql import Store
+
+
+class Handle:
+    """Of a deployment, as Serve gives it to others."""
+
+    def __init__(self, target: Any) -> None:
+        self._target = target
+
+    def __getattr__(self, method: str) -> Any:
+        return SimpleNamespace(remote=getattr(self._target, method))
+
+
+class World:
+    """A store, and what Serve and Ray would have: applications, replicas, and who was killed."""
+
+    def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
+        self.settings = parse({"cluster": {"state_dir": str(folder)}}, {})
+        self.store = Store.open(self.settings.store_url)
+        self.router = ModelRouter.func_or_class()
+        self.applications: dict[str, ApplicationStatusOverview] = {}
+        self.deployed: list[str] = []
+        self.scaled: list[tuple[str, int]] = []
+        self.actors: list[dict[str, str]] = []
+        self.killed: list[str] = []
+        self._controllers: list[Any] = []
+        context = SimpleNamespace(app_name="g")
+        patch.setattr(module.serve, "get_replica_context", lambda: context)
+        patch.setattr(module.serve, "status", lambda: SimpleNamespace(**vars(self)))
+        patch.setattr(module.serve, "run_many", self._run)
+        patch.setattr(module.replica, "prepare", lambda: None)
+        patch.setattr(module.replica, "scale", self._scale)
+        patch.setattr(
+            module.replica, "kill", lambda some: self.killed.extend(a["name"] for a in some)
+        )
+        patch.setattr(module.replica.ray.util, "list_named_actors", lambda **_: self.actors)
+        patch.setattr(module, "alive_nodes", lambda: [{"CPU": 8.0}])
+
+    def start(self, *declared: EndpointSettings) -> Any:
+        """A controller that knows nothing yet; it looks when it is told to."""
+        made = Controller.func_or_class(self.settings, Handle(self.router))
+        made._declared = list(declared)
+        made._undeclared = True
+        self._controllers.append(made)
+        return made
+
+    def has(self, name: str, replicas: int = 1, status: str = "RUNNING") -> None:
+        """An application with so many replicas, whoever deployed it."""
+        deployment = DeploymentStatusOverview(
+            status=DeploymentStatus.HEALTHY,
+            status_trigger=DeploymentStatusTrigger.UNSPECIFIED,
+            replica_states={"RUNNING": replicas},
+            message="",
+        )
+        self.applications[f"g.{name}"] = ApplicationStatusOverview(
+            status=ApplicationStatus(status),
+            message="",
+            last_deployed_time_s=0,
+            deployments={NAME: deployment},
+        )
+
+    def runs(self, name: str, *replicas: str) -> None:
+        self.actors += [
+            {"name": f"SERVE_REPLICA::g.{name}#{NAME}#{each}", "namespace": "serve"}
+            for each in replicas
+        ]
+
+    def _run(self, targets: list[Any], **_: Any) -> None:
+        for target in targets:
+            self.deployed.append(target.name)
+            self.has(target.name.removeprefix("g."))
+
+    async def _scale(self, application: str, deployment: str, replicas: int) -> None:
+        assert deployment == NAME
+        self.scaled.append((application, replicas))
+
+    async def end(self) -> None:
+        tasks = [each._loop for each in self._controllers] + [self.router._housekeeping]
+        for task in filter(None, tasks):
+            task.cancel()
+        await asyncio.gather(*filter(None, tasks), return_exceptions=True)
+        for each in self._controllers:
+            each._store.close()
+        self.store.close()
+
+
+@pytest.fixture
+async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
+    made = World(tmp_path, monkeypatch)
+    yield made
+    await made.end()
+
+
+def fake(name: str = "m", **changes: Any) -> EndpointSettings:
+    return EndpointSettings(**{"name": name, "model": "none", "engine": "fake", **changes})
+
+
+def report(replica: str, settings: EndpointSettings, state: str = "READY") -> ReplicaReport:
+    return ReplicaReport(settings.name, replica, generation(settings), ReplicaState(state))
+
+
+async def test_a_controller_that_has_just_started_kills_nobody_who_serves(world: World):
+    """It dies between what a client asked for and what it does about it."""
+    before, wanted = fake(), fake(max_queue=9)
+    record = world.store.endpoints.create(wanted, OPERATOR, {}, 10)
+    world.store.endpoints.note_deployed(record.id, generation(before))
+    world.has("m")
+    world.runs("m", "serves", "waits")
+    world.router._began_at -= 60
+    await world.router.report(report("serves", before))
+    await world.start()._look()
+    assert world.deployed == ["g.m"] and world.killed == []
+
+
+async def test_of_what_is_deleted_only_those_are_killed_that_no_node_runs(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    settings = fake()
+    record = world.store.endpoints.create(settings, OPERATOR, {}, 10)
+    world.store.endpoints.note_deployed(record.id, generation(settings))
+    world.store.endpoints.ask_delete("m")
+    world.has("m", status="DELETING")
+    world.runs("m", "drains", "waits")
+    controller = world.start()
+    await controller._look()
+    assert world.killed == [], "nobody has said a word to this controller"
+    await controller._look()
+    assert world.killed == [], "nor to this router"
+    await world.router.report(report("drains", settings, "DRAINING"))
+    await controller._look()
+    await controller._look()
+    assert world.killed == [], "another one may say one yet"
+    monkeypatch.setattr(router_module, "ROLL_CALL_S", -1.0)
+    await controller._look()
+    await controller._look()
+    assert world.killed == ["SERVE_REPLICA::g.m#EngineReplica#waits"]
