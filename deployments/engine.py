@@ -104,12 +104,16 @@ class EngineReplica:
         await self._tell(state=ReplicaState.DRAINING)
         await asyncio.sleep(FAREWELL_S)
         end = time.monotonic() + self._settings.drain_timeout_s
-        idle = 0
+        idle = missed = 0
         while time.monotonic() < end:
             try:
                 idle = idle + 1 if (await self._engine.load()).depth == 0 else 0
-            except EngineError:
-                return
+                missed = 0
+            except Exception as error:  # as in `_observe`: it may be a busy moment
+                idle, missed = 0, missed + 1
+                logger.warning("probe %s of a drain failed: %s", missed, error)
+                if not self._engine.alive or missed >= MOST_MISSED:
+                    return
             if idle == 3:  # the last answer's bytes have left the engine's HTTP server, too
                 return
             await asyncio.sleep(0.2)

@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 
 from deployments.app import settings_from
-from deployments.engine import EngineReplica, build_endpoint
+from deployments.engine import MOST_MISSED, EngineReplica, build_endpoint
 from deployments.local import check_port, gateway_client
 from deployments.router import ModelRouter
 from deployments.tended import Retry, application_name, lacks
 from llm_engine.addresses import cannot_listen, local_url
 from llm_engine.config import EndpointSettings, parse
-from llm_engine.errors import ConfigError, StartupError
+from llm_engine.errors import ConfigError, EngineError, StartupError
 from llm_engine.records import Directory, Load, ReplicaReport
 from llm_engine.statuses import ReplicaState
 
@@ -86,13 +86,15 @@ def test_config_and_sections_are_not_mixed(tmp_path):
         settings_from({"config": str(file), "gateway": {}})
 
 
+class Bare(EngineReplica.func_or_class):
+    """A replica without an engine, which ends no engine."""
+
+    def __init__(self) -> None: ...
+    def __del__(self) -> None: ...
+
+
 async def test_a_replica_that_drains_is_not_called_ready_by_a_look_that_began_before():
     """Its engine is asked how busy it is every half second; nobody must choose it afterwards."""
-
-    class Bare(EngineReplica.func_or_class):
-        def __init__(self) -> None: ...
-        def __del__(self) -> None: ...
-
     replica = Bare()
     asked, answer = asyncio.Event(), asyncio.Event()
 
@@ -110,6 +112,42 @@ async def test_a_replica_that_drains_is_not_called_ready_by_a_look_that_began_be
     answer.set()
     await look
     assert replica._report.state is ReplicaState.DRAINING and replica._report.load.running == 3
+
+
+@pytest.mark.parametrize(
+    ("alive", "probes", "asked"),
+    [
+        (True, [EngineError("busy"), 2, EngineError("busy"), 1, 0, 0, 0], 7),
+        (True, [0, 0, EngineError("busy"), 0, 0, 0], 6),
+        (True, [1] + [EngineError("hung")] * 20, 1 + MOST_MISSED),
+        (False, [EngineError("killed")], 1),
+    ],
+)
+async def test_a_drain_waits_for_an_engine_that_lives_and_is_too_busy_to_tell_its_load(
+    monkeypatch, alive, probes, asked
+):
+    left = list(probes)
+
+    class Engine:
+        async def load(self) -> Load:
+            told = left.pop(0)
+            if isinstance(told, EngineError):
+                raise told
+            return Load(running=told)
+
+    async def at_once(seconds: float) -> None: ...
+
+    async def told(*args: object) -> None: ...
+
+    monkeypatch.setattr("deployments.engine.asyncio.sleep", at_once)
+    replica = Bare()
+    replica._settings = endpoint()
+    replica._engine = Engine()
+    replica._engine.alive = alive
+    replica._report = ReplicaReport("m", "r", "1", ReplicaState.READY)
+    replica._call_router = told
+    await replica._drain()
+    assert len(probes) - len(left) == asked
 
 
 async def test_a_router_that_has_restarted_says_that_it_knows_no_keys_and_models():
