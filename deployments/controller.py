@@ -176,7 +176,7 @@ class Controller:
         except StoreUnavailable as error:
             logger.warning("%s", error)
             if self._identity is None:
-                self._take([_provisional(settings) for settings in self._declared])
+                self._take([self._provisional(settings) for settings in self._declared])
 
     async def _tell_directory(self) -> None:
         async with self._telling:  # an older one must not be told after a newer one
@@ -210,6 +210,25 @@ class Controller:
             )
         self._undeclared = False
         self._mark = None
+
+    def _provisional(self, settings: EndpointSettings) -> EndpointRecord:
+        """A declared endpoint while the store has never answered: served, and written nowhere."""
+        spec = settings.model_dump(mode="json")
+        known = self._tended.get(settings.name)
+        if known is not None:
+            return replace(known.record, spec=spec)  # it tells what is deployed, too
+        now = time.time()
+        return EndpointRecord(
+            id=f"{PROVISIONAL}{settings.name}",
+            name=settings.name,
+            owner=OPERATOR,
+            origin="config",
+            spec=spec,
+            state=EndpointState.UPDATE_PENDING,
+            created_at=now,
+            requested_at=now,
+            updated_at=now,
+        )
 
     def _take(self, records: list[EndpointRecord]) -> None:
         for record in records:
@@ -356,7 +375,8 @@ class Controller:
                 self._mark = None
                 self._hurry.set()
                 return
-            tended.record = changed
+            # What is deployed may not be in the store yet.
+            tended.record = replace(changed, deployed=record.deployed)
             spent = status.phases.total
             first = settled and not record.settled and status.state is EndpointState.READY
             if first and spent is not None:
@@ -378,19 +398,3 @@ class Controller:
 
 def _kill_unplaced(application: str, placed: set[str] | None) -> None:
     replica.kill(replica.unplaced(application, placed))
-
-
-def _provisional(settings: EndpointSettings) -> EndpointRecord:
-    """A declared endpoint while the store has never answered: served, and written nowhere."""
-    now = time.time()
-    return EndpointRecord(
-        id=f"{PROVISIONAL}{settings.name}",
-        name=settings.name,
-        owner=OPERATOR,
-        origin="config",
-        spec=settings.model_dump(mode="json"),
-        state=EndpointState.UPDATE_PENDING,
-        created_at=now,
-        requested_at=now,
-        updated_at=now,
-    )

@@ -71,9 +71,9 @@ class Tended:
 
     def become(self, record: EndpointRecord) -> None:
         """The store has answered at last: what runs already need not start anew."""
-        deployed = self.record.deployed
-        self.take(replace(record, deployed=record.deployed or deployed))
-        self.unsaved = record.deployed is None and deployed is not None
+        deployed = self.record.deployed  # by this controller: the store may know of one before
+        self.take(replace(record, deployed=deployed or record.deployed))
+        self.unsaved = deployed is not None and record.deployed != deployed
 
     def hear(self, reports: Reports, complete: bool) -> None:
         """What its replicas say of themselves; `complete`: each that runs has said a word."""

@@ -22,8 +22,9 @@ from deployments.engine import NAME
 from deployments.router import ModelRouter
 from llm_engine.config import EndpointSettings, parse
 from llm_engine.endpoints import OPERATOR, generation
+from llm_engine.errors import StoreUnavailable
 from llm_engine.records import ReplicaReport
-from llm_engine.statuses import ReplicaState
+from llm_engine.statuses import EndpointState, ReplicaState
 from llm_engine.store.sql import Store
 
 
@@ -160,3 +161,57 @@ async def test_of_what_is_deleted_only_those_are_killed_that_no_node_runs(
     await controller._look()
     await controller._look()
     assert world.killed == ["SERVE_REPLICA::g.m#EngineReplica#waits"]
+
+
+class Away:
+    """`with Away(controller)`: its store does not answer."""
+
+    def __init__(self, controller: Any) -> None:
+        self._controller = controller
+        self._store = controller._store
+
+    def __enter__(self) -> None:
+        def silent(*_: object) -> None:
+            raise StoreUnavailable("away")
+
+        database = SimpleNamespace(migrate=silent)
+        self._controller._store = SimpleNamespace(
+            database=database, mark=silent, directory_mark=silent
+        )
+
+    def __exit__(self, *_: object) -> None:
+        self._controller._store = self._store
+
+
+async def test_what_the_store_wants_is_deployed_over_what_was_declared_while_it_was_away(
+    world: World,
+):
+    """A declared endpoint was changed at run time, and the whole cluster lost."""
+    declared, changed = fake(), fake(max_queue=9)
+    world.store.endpoints.declare([declared])
+    record = world.store.endpoints.get("m")
+    world.store.endpoints.observe(record, EndpointState.READY, None, True, None)
+    world.store.endpoints.ask_change("m", lambda _: (changed, {}))
+    world.store.endpoints.note_deployed(record.id, generation(changed))
+    controller = world.start(declared)
+    with Away(controller):
+        for _ in range(3):
+            await controller._look()
+    assert world.deployed == ["g.m"]
+    await controller._look()
+    assert world.deployed == ["g.m", "g.m"]
+    assert world.store.endpoints.get("m").deployed == generation(changed)
+    await controller._look()
+    assert len(world.deployed) == 2
+
+
+async def test_what_was_declared_while_the_store_was_away_is_not_deployed_again(world: World):
+    controller = world.start(fake())
+    with Away(controller):
+        for _ in range(3):
+            await controller._look()
+            assert controller._tended["m"].observe(world.applications["g.m"], [], None).deployed
+    for _ in range(3):
+        await controller._look()
+    assert world.deployed == ["g.m"]
+    assert world.store.endpoints.get("m").deployed == generation(fake())
