@@ -61,7 +61,7 @@ class Controller:
         self._undeclared = False  # the store does not know yet what is declared
         self._told = asyncio.Event()  # what is declared: before that, nothing may be deleted
         self._mark: tuple[object, ...] | None = None
-        self._read_at = 0.0
+        self._read_at: float | None = None  # the store; None: never, so what is wanted is a guess
         self._directory_mark: tuple[object, ...] | None = None
         self._told_at = 0.0
         self._telling = asyncio.Lock()
@@ -139,7 +139,7 @@ class Controller:
             told = self._status(each, applications, nodes)
             self._log_change(told)
             statuses.append(told)
-        call = self._router.set_endpoints.remote(statuses)
+        call = self._router.set_endpoints.remote(statuses, self._read_at is None)
         reports, complete, has_directory = await asyncio.wait_for(call, 10)
         if not has_directory:  # it has restarted since it was told
             self._directory_mark = None
@@ -168,14 +168,16 @@ class Controller:
             for tended in self._tended.values():
                 await self._save_deployed(tended)
             mark = await asyncio.to_thread(self._store.mark)
-            if mark != self._mark or time.monotonic() - self._read_at > REREAD_S:
+            read_at = self._read_at
+            if mark != self._mark or read_at is None or time.monotonic() - read_at > REREAD_S:
                 self._take(await asyncio.to_thread(self._store.endpoints.all))
+                self._read_at = time.monotonic()
                 self._usual = await asyncio.to_thread(self._store.endpoints.starts)
-                self._mark, self._read_at = mark, time.monotonic()
+                self._mark = mark
             await self._tell_directory()
         except StoreUnavailable as error:
             logger.warning("%s", error)
-            if self._identity is None:
+            if self._read_at is None:
                 self._take([self._provisional(settings) for settings in self._declared])
 
     async def _tell_directory(self) -> None:
@@ -255,6 +257,8 @@ class Controller:
                 return
             if running is not None:
                 tended.adopt(running)
+                if tended.left_alone:
+                    return
             wanted = tended.replicas()
             if self._must_deploy(tended, running):
                 await self._deploy(tended, application, nodes, max(1, wanted))
@@ -275,7 +279,7 @@ class Controller:
     def _must_deploy(self, tended: Tended, running: ApplicationStatusOverview | None) -> bool:
         if running is None:
             return True
-        if self._identity is None or running.status is ApplicationStatus.DELETING:
+        if self._read_at is None or running.status is ApplicationStatus.DELETING:
             return False  # which version it has is in the store
         return tended.record.deployed != tended.version or tended.retry_is_due(running)
 
@@ -309,7 +313,7 @@ class Controller:
         # Only now: were we killed in between, the next controller would deploy it again.
         tended.record = replace(tended.record, deployed=tended.version)
         tended.unsaved = True
-        if self._identity is not None:
+        if self._read_at is not None:
             await self._save_deployed(tended)
 
     async def _delete(
@@ -327,7 +331,7 @@ class Controller:
 
     async def _delete_others(self, applications: Applications) -> None:
         """Applications of this gateway that no record asks for."""
-        if self._identity is None or self._mark is None:
+        if self._read_at is None or self._mark is None:
             return
         wanted = {application_name(self._gateway, name) for name in self._tended}
         for application in applications.keys() - wanted:
@@ -360,7 +364,7 @@ class Controller:
         ended = status.state in (EndpointState.READY, EndpointState.UPDATE_FAILED)
         settled = record.settled or ended
         phases = None if status.phases.queued is None else asdict(status.phases)
-        if self._identity is None or (
+        if self._read_at is None or (
             status.state is record.state
             and status.reason == record.reason
             and settled == record.settled

@@ -45,6 +45,7 @@ class ModelRouter:
         self._reports: dict[str, ReplicaReport] = {}
         self._heard: dict[str, float] = {}
         self._endpoints: dict[str, EndpointStatus] = {}
+        self._stored: dict[str, EndpointStatus] = {}  # as last told by one who has read the store
         self._endpoints_at: float | None = None  # when the controller was first heard
         self._table = RoutingTable(version=time.time_ns())  # ahead of any earlier router's
         self._directory = Directory()
@@ -80,15 +81,23 @@ class ModelRouter:
             self._redraw()
 
     async def set_endpoints(
-        self, endpoints: list[EndpointStatus]
+        self, endpoints: list[EndpointStatus], partial: bool = False
     ) -> tuple[list[ReplicaReport], bool, bool]:
         """The controller's word on each endpoint. Returns what is known of the replicas, whether
         these are all that run, and whether a directory is known: a router that has just started
-        has heard of few replicas, and of no directory."""
+        has heard of few replicas, and of no directory.
+
+        `partial`: from a controller that has not read the store yet, and knows only what is
+        declared. What was told of the store before stays good.
+        """
         self._start_housekeeping()
         if self._endpoints_at is None:
             self._endpoints_at = time.monotonic()
         fresh = {endpoint.name: endpoint for endpoint in endpoints}
+        if partial:
+            fresh |= self._stored
+        else:
+            self._stored = fresh
         if fresh != self._endpoints:
             self._endpoints = fresh
             self._redraw()

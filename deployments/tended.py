@@ -65,6 +65,13 @@ class Tended:
         return self.record.id.startswith(PROVISIONAL)
 
     @property
+    def left_alone(self) -> bool:
+        """Whether an earlier controller deployed it, and the store, where other settings may stand
+        than in the configuration, has not answered yet. It is still woken for those who wait."""
+        adopted = self.provisional and self.deployed_at is None
+        return adopted and not (self.applied == 0 and self._requests_held())
+
+    @property
     def states(self) -> dict[str, ReplicaState]:
         """By replica."""
         return {report.replica: report.state for report in self.reports}
@@ -95,11 +102,9 @@ class Tended:
 
     def replicas(self) -> int:
         """How many there should be from now on."""
-        now = time.monotonic()
-        self._held = {i: (n, at) for i, (n, at) in self._held.items() if now - at < HELD_S}
         demand = Demand(
             depth=sum(r.load.depth for r in self.reports if r.state is ReplicaState.READY),
-            held=sum(n for n, _ in self._held.values()),
+            held=self._requests_held(),
             active=self._active,
         )
         proving = not self.record.settled or self._starting()
@@ -147,6 +152,11 @@ class Tended:
             return False
         self._retry = self._retry or Retry()
         return self._retry.due()
+
+    def _requests_held(self) -> int:
+        now = time.monotonic()
+        self._held = {i: (n, at) for i, (n, at) in self._held.items() if now - at < HELD_S}
+        return sum(n for n, _ in self._held.values())
 
     def _starting(self) -> bool:
         return any(r.state is ReplicaState.STARTING for r in self.reports)

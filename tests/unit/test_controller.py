@@ -215,3 +215,58 @@ async def test_what_was_declared_while_the_store_was_away_is_not_deployed_again(
         await controller._look()
     assert world.deployed == ["g.m"]
     assert world.store.endpoints.get("m").deployed == generation(fake())
+
+
+async def test_a_controller_that_starts_without_the_store_leaves_alone_what_runs(world: World):
+    """One endpoint was made by a client, and a declared one was changed at run time."""
+    declared = fake()
+    changed = fake(public=False, fallback="made", autoscaling={"max_replicas": 5})
+    world.store.endpoints.declare([declared])
+    world.store.endpoints.create(fake("made", autoscaling={"max_replicas": 5}), "ann", {}, 10)
+    for name in ("m", "made"):
+        record = world.store.endpoints.get(name)
+        world.store.endpoints.observe(record, EndpointState.READY, None, True, None)
+        world.store.endpoints.note_deployed(record.id, generation(fake(name)))
+        world.has(name, replicas=3)
+    world.store.endpoints.ask_change("m", lambda _: (changed, {}))
+    await world.start(declared)._look()
+    told = dict(world.router._endpoints)
+    assert told.keys() == {"m", "made"}
+    second = world.start(declared, fake("new"))
+    with Away(second):
+        for _ in range(3):
+            await second._look()
+    assert world.router._endpoints.keys() == {"m", "made", "new"}, "clients are told 404"
+    assert {name: world.router._endpoints[name] for name in told} == told
+    assert world.deployed == ["g.new"] and world.scaled == []
+    await second._look()
+    assert world.scaled == [], "it is no longer known how many there were"
+    assert world.deployed == ["g.new"]
+    assert world.router._endpoints["m"].fallback == "made"
+
+
+async def test_a_store_that_goes_away_while_it_is_first_read_is_one_that_has_not_answered(
+    world: World,
+):
+    world.has("m", replicas=3)
+    controller = world.start(fake())
+    store = controller._store
+    with Away(controller):
+        controller._store.database.migrate = store.database.migrate
+        controller._undeclared = False
+        await controller._look()
+        assert controller._identity is not None and list(controller._tended) == ["m"]
+    assert world.deployed == [] and world.scaled == []
+
+
+async def test_one_that_sleeps_wakes_though_the_store_is_away(world: World):
+    scaling = {"min_replicas": 0, "max_replicas": 3}
+    world.has("m", replicas=0)
+    controller = world.start(fake(autoscaling=scaling))
+    with Away(controller):
+        await controller._look()
+        assert world.scaled == []
+        await controller.wake("m", "ingress", 1)
+        await controller._look()
+        await controller._look()
+    assert world.scaled == [("g.m", 1)]
