@@ -14,7 +14,7 @@ from llm_engine.config import EndpointSettings
 from llm_engine.endpoints import Observed, generation
 from llm_engine.records import EndpointRecord, ReplicaReport
 from llm_engine.scaling import Demand, Scaler
-from llm_engine.statuses import ReplicaState
+from llm_engine.statuses import EndpointState, ReplicaState
 
 #: A failed start is tried again after this long, and after twice as long each time.
 FIRST_RETRY_S, LONGEST_RETRY_S = 30.0, 600.0
@@ -107,8 +107,7 @@ class Tended:
             held=self._requests_held(),
             active=self._active,
         )
-        proving = not self.record.settled or self._starting()
-        return self.scaler.decide(self.settings.autoscaling, demand, proving)
+        return self.scaler.decide(self.settings.autoscaling, demand, self._proving())
 
     def adopt(self, running: ApplicationStatusOverview) -> None:
         """An application that an earlier controller deployed: go on from what it has."""
@@ -157,6 +156,12 @@ class Tended:
         now = time.monotonic()
         self._held = {i: (n, at) for i, (n, at) in self._held.items() if now - at < HELD_S}
         return sum(n for n, _ in self._held.values())
+
+    def _proving(self) -> bool:
+        """Whether the wanted version has yet to answer, or to answer again: until then it does not
+        sleep. A failure stays one, and an earlier version that serves goes on."""
+        ready = self.record.settled and self.record.state is EndpointState.READY
+        return not ready or self._starting()
 
     def _starting(self) -> bool:
         return any(r.state is ReplicaState.STARTING for r in self.reports)

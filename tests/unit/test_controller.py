@@ -1,7 +1,9 @@
 """What the controller does with a cluster and a store that are not as they were: no Ray runs."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -270,3 +272,36 @@ async def test_one_that_sleeps_wakes_though_the_store_is_away(world: World):
         await controller._look()
         await controller._look()
     assert world.scaled == [("g.m", 1)]
+
+
+async def test_what_has_never_answered_does_not_fall_asleep(
+    world: World, monkeypatch: pytest.MonkeyPatch
+):
+    """Its weights are missing. And then they are there."""
+    now = [1000.0]
+    clock = SimpleNamespace(monotonic=lambda: now[0], time=time.time)
+    monkeypatch.setattr("deployments.tended.time", clock)
+    monkeypatch.setattr("llm_engine.scaling.Scaler.__init__.__defaults__", (lambda: now[0],))
+    settings = fake(autoscaling={"min_replicas": 0, "idle_delay_s": 5})
+    record = world.store.endpoints.create(settings, OPERATOR, {}, 10)
+    controller = world.start()
+
+    async def look(seconds: int) -> tuple[EndpointState, str | None]:
+        for _ in range(seconds):
+            now[0] += 1
+            await controller._look()
+        found = world.store.endpoints.get("m")
+        return found.state, found.reason
+
+    await look(2)
+    world.has("m", status="DEPLOY_FAILED")
+    await world.router.report(replace(report("r", settings, "FAILED"), reason="there is no folder"))
+    assert await look(3) == (EndpointState.UPDATE_FAILED, "there is no folder")
+    assert await look(20) == (EndpointState.UPDATE_FAILED, "there is no folder")
+    assert world.scaled == [], "an earlier version's last replica would go"
+    world.has("m")
+    await world.router.report(report("r", settings))
+    assert (await look(3))[0] is EndpointState.READY
+    await look(20)
+    assert world.scaled == [("g.m", 0)]
+    assert record.id == world.store.endpoints.get("m").id
