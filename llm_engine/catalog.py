@@ -9,7 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from llm_engine.errors import InvalidRequest, NotFound
-from llm_engine.records import AdapterRecord, Directory, EndpointStatus, ModelRecord, Principal
+from llm_engine.records import (
+    AdapterRecord,
+    Directory,
+    EndpointStatus,
+    KeyRecord,
+    ModelRecord,
+    Principal,
+)
 from llm_engine.routing import Balancer
 
 #: An alias of an alias of an alias: beyond this it is a circle, or might as well be.
@@ -93,6 +100,11 @@ class Catalog:
         """One that the next directory will not tell of any more."""
         known = {n: a for n, a in self.directory.adapters.items() if a.id != adapter.id}
         self.directory = replace(self.directory, adapters=known)
+
+    def revoke(self, key: KeyRecord) -> None:
+        """One that the next directory will tell as revoked."""
+        known = self.directory.keys | {key.digest: key}
+        self.directory = replace(self.directory, keys=known)
 
     def _registered(self, who: Principal, name: str) -> ModelRecord | None:
         own = self.directory.models.get(who.owner, {}).get(name)

@@ -116,6 +116,7 @@ def _add_keys(router: APIRouter, services: Services) -> None:
     @router.delete("/v1/keys/{key}")
     async def revoke_key(key: str, who: Admin) -> dict[str, Any]:
         record = await asyncio.to_thread(keys.revoke, key)
+        services.catalog.revoke(record)  # here at once, even while the controller is away
         await services.nudge()
         return key_row(record)
 

@@ -413,6 +413,17 @@ def test_what_is_wrong_with_a_key_is_a_sentence(gateway, words, sentence):
     assert len(result.stderr.splitlines()) == 1
 
 
+def test_a_revoked_key_is_refused_at_once_though_the_controller_is_away(gateway, monkeypatch):
+    made = json.loads(run("keys", "create", "--owner", "bob", "--json").stdout)
+
+    async def nobody_listens() -> None: ...
+
+    monkeypatch.setattr(gateway.services, "nudge", nobody_listens)
+    assert run("endpoints", "list", "--api-key", made["key"]).exit_code == 0
+    assert run("keys", "revoke", made["id"]).exit_code == 0
+    assert "has been revoked" in run("endpoints", "list", "--api-key", made["key"]).stderr
+
+
 def test_a_revoked_key_is_traced_to_where_it_came_from(gateway, monkeypatch):
     made = json.loads(run("keys", "create", "--owner", "bob", "--json").stdout)
     run("keys", "revoke", made["id"])
