@@ -12,7 +12,10 @@ ENV_STORAGE = "LLM_ENGINE_STORAGE_URL"
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    # PostgreSQL's JSON knows neither infinity nor NaN, and no setting means anything with them.
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False
+    )
 
 
 class StoreSettings(Section):

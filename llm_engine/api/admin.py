@@ -81,9 +81,9 @@ def _add_endpoints(router: APIRouter, services: Services, operations: Operations
 
 
 class NewKey(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
-    name: str = Field("", max_length=100)
+    name: str = Field("", max_length=100, pattern=r"^[^\x00]*$")  # PostgreSQL knows no such text
     owner: str = Field(min_length=1, max_length=100, pattern=r"^[A-Za-z0-9][A-Za-z0-9._@:/-]*$")
     scopes: list[Scope] = Field([Scope.INFERENCE], min_length=1)
     expires_at: float | None = None  # unix seconds

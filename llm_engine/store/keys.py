@@ -57,6 +57,8 @@ class Keys:
 
     def revoke(self, key: str, owner: str | None = None) -> KeyRecord:
         """Once revoked it stays so; again does nothing. Raises NotFound."""
+        if "\0" in key:  # PostgreSQL knows no such text
+            raise _no_key(key)
         mine = tables.keys.c.id == key
         if owner is not None:
             mine &= tables.keys.c.owner == owner
@@ -68,10 +70,14 @@ class Keys:
             )
             row = connection.execute(sa.select(tables.keys).where(mine)).one_or_none()
             if row is None:
-                raise NotFound(f"There is no key '{key}'.", code="key_not_found")
+                raise _no_key(key)
             if done.rowcount:
                 journal.note(connection, key, "key.revoked")
             return _record(row)
+
+
+def _no_key(key: str) -> NotFound:
+    return NotFound(f"There is no key '{key}'.", code="key_not_found")
 
 
 def _count(connection: sa.Connection) -> int:

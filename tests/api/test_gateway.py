@@ -92,6 +92,26 @@ def test_bad_requests_name_what_is_wrong(gateway, body, status, code, param):
     assert code is None or error["code"] == code
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("/v1/keys", {"owner": "a", "name": "x\0y"}, "name"),
+        ("/v1/keys", {"owner": "a", "expires_at": "inf"}, "expires_at"),
+        ("/v1/endpoints", {"name": "e", "model": "m", "num_cpus": "inf"}, "num_cpus"),
+        (
+            "/v1/endpoints",
+            {"name": "e", "model": "m", "autoscaling": {"idle_delay_s": "nan"}},
+            "autoscaling.idle_delay_s",
+        ),
+    ],
+)
+def test_what_postgresql_cannot_keep_is_refused_by_name(gateway, path, body, param):
+    with gateway.client() as client:
+        answer = client.post(path, json=body)
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == param
+
+
 def test_model_rows(gateway):
     with gateway.client() as client:
         rows = client.get("/v1/models").json()

@@ -65,6 +65,12 @@ def test_another_owners_key_cannot_be_told_from_one_that_never_was(store, known)
     assert kinds(store, record.id) == ["key.created"] * known
 
 
+def test_what_postgresql_knows_no_text_for_is_no_key(store):
+    with pytest.raises(NotFound) as refused:
+        store.keys.revoke("\0")
+    assert refused.value.code == "key_not_found"
+
+
 def test_the_limit_is_kept_and_revoked_keys_make_room(store):
     records = [key(), key()]
     for record in records:

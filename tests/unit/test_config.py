@@ -41,6 +41,7 @@ def test_nothing_gives_the_demo_models_on_loopback():
             {"endpoints": [endpoint(autoscaling={"min_replicas": 3, "max_replicas": 2})]},
             "max_replicas (2) is below min_replicas (3)",
         ),
+        ({"endpoints": [endpoint(num_cpus=float("inf"))]}, "should be a finite number"),
         ([], "expected a mapping at the top, got list"),
     ],
 )
