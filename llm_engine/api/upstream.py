@@ -307,9 +307,15 @@ class _Exchange:
     def _check_shape(self, answer: dict[str, Any]) -> None:
         """What clients take for granted. Raises one of _BAD_FORM, or UpstreamFailed."""
         rows = answer["data" if self.request.kind is Kind.EMBEDDINGS else "choices"]
-        part = {Kind.CHAT: "message", Kind.COMPLETIONS: "text", Kind.EMBEDDINGS: "embedding"}
-        if not rows or not all(part[self.request.kind] in row for row in rows):
+        name = {Kind.CHAT: "message", Kind.COMPLETIONS: "text", Kind.EMBEDDINGS: "embedding"}
+        part = name[self.request.kind]
+        if not rows or not all(part in row for row in rows):
             raise self.nonsense("it holds no answer")
+        if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+            raise TypeError
+        # Base64 comes as a string.
+        if part == "embedding" and not all(isinstance(row[part], list | str) for row in rows):
+            raise TypeError
 
 
 def _address(model: ModelRecord, request: EngineRequest) -> str:

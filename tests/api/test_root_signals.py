@@ -376,6 +376,16 @@ def test_verify_knows_an_embedding_model_by_trying(gateway, upstream):
     assert told["success"] and told["response"] == "An embedding of 2 numbers."
 
 
+def test_verify_takes_no_number_for_an_embedding(gateway, upstream):
+    async def embeds_badly(asked, send):
+        answers = saying(b'{"data":[{"embedding":5}]}')
+        await (answers if asked.path.endswith("/embeddings") else failing(404))(asked, send)
+
+    upstream.behave = embeds_badly
+    told = verify(gateway, model="any", url=upstream.url)
+    assert told["success"] is False and told["response"] is None
+
+
 @pytest.mark.parametrize(
     ("behave", "word"),
     [
@@ -384,6 +394,7 @@ def test_verify_knows_an_embedding_model_by_trying(gateway, upstream):
         (failing(500), "500"),
         (saying(b"<html>"), "OpenAI's form"),
         (saying(b'{"choices":[5]}'), "OpenAI's form"),
+        (saying(b'{"choices":{"message":1}}'), "OpenAI's form"),
         (silent, "2 s"),
     ],
 )
