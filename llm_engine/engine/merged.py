@@ -63,7 +63,7 @@ def _merge(base: str, adapter: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name = base.removeprefix("builtin:")
-    path = str(BUILTIN[name]) if base.startswith("builtin:") else base
+    path = str(BUILTIN[name]) if base.startswith("builtin:") else os.path.expanduser(base)
     model: Any = AutoModelForCausalLM.from_pretrained(path, dtype="auto")
     model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
     model.save_pretrained(folder)

@@ -70,7 +70,7 @@ class EngineSpec:
         name = settings.model.removeprefix("builtin:")
         return cls(
             name=settings.name,
-            model=str(BUILTIN[name]) if builtin else settings.model,
+            model=str(BUILTIN[name]) if builtin else os.path.expanduser(settings.model),
             task=settings.task,
             host=host,
             secret=secret,

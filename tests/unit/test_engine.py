@@ -174,6 +174,15 @@ def spec(**changes) -> EngineSpec:
     return EngineSpec(**{**defaults, **changes})
 
 
+@pytest.mark.parametrize(
+    ("model", "loaded"), [("~/models/x", "/home/ann/models/x"), ("org/x", "org/x"), ("/m", "/m")]
+)
+def test_a_folder_of_ones_home_is_told_in_full(monkeypatch, model, loaded):
+    monkeypatch.setenv("HOME", "/home/ann")
+    told = EngineSpec.of(settings(model=model))
+    assert told.model == loaded and told.weights == model
+
+
 def test_vllm_args_of_the_endpoint_win_over_defaults_but_not_over_what_must_be():
     args = effective_args(spec(vllm_args={"enforce_eager": False, "max_num_seqs": 3}), on_cpu=True)
     assert args["enforce_eager"] is False and args["max_num_seqs"] == 3
