@@ -14,7 +14,13 @@ from typing import Any
 
 from llm_engine.catalog import missing
 from llm_engine.errors import Conflict, InvalidRequest, NotFound, Overloaded
-from llm_engine.fine_tunes.plan import AUTO, RANK, check_hyperparameters
+from llm_engine.fine_tunes.plan import (
+    ALL_LINEAR,
+    AUTO,
+    BUILTIN_CHAT_MODULES,
+    RANK,
+    check_hyperparameters,
+)
 from llm_engine.ids import new_id
 from llm_engine.records import (
     AdapterRecord,
@@ -80,6 +86,7 @@ class FineTunes:
         asked = check_hyperparameters(new.method, new.hyperparameters, new.where)
         base, parent = await self._base(who, new.model)
         asked = _check_rank(asked, base, parent, new.where)
+        _check_modules(asked, base, new.where)
         await self.file(who, new.training_file, "training_file")
         if new.validation_file is not None:
             await self.file(who, new.validation_file, "validation_file")
@@ -245,6 +252,23 @@ def _check_rank(
         return asked
     param = f"{where}.lora_rank"
     raise InvalidRequest(f"'{param}' cannot be {rank}: {why}", param=param, code="invalid_value")
+
+
+def _check_modules(asked: dict[str, Any], base: EndpointStatus, where: str) -> None:
+    """What the demo model's engines would leave out must not be trained: it would have learnt
+    nothing. Raises InvalidRequest."""
+    modules = asked.get("target_modules", AUTO)
+    if base.model != "builtin:chat" or modules in (AUTO, ALL_LINEAR):
+        return
+    unserved = [m for m in modules if m.rpartition(".")[2] not in BUILTIN_CHAT_MODULES]
+    if unserved:
+        param = f"{where}.target_modules"
+        raise InvalidRequest(
+            f"'{param}' cannot have '{unserved[0]}': '{base.name}' serves adapters of "
+            f"{', '.join(BUILTIN_CHAT_MODULES)}.",
+            param=param,
+            code="invalid_value",
+        )
 
 
 def _not_tunable(model: str, why: str) -> InvalidRequest:

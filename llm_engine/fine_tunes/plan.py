@@ -35,6 +35,11 @@ DPO_RATE = 0.1
 #: Packing pays where many examples fit into the longest row, and there are many of them.
 PACKED_EXAMPLES, PACKED_SHARE = 2_000, 0.25
 ALL_LINEAR = "all-linear"
+#: Of builtin:chat, what its engines serve adapters of: BUILTIN_CHAT_TARGETS of `engine.vllm`, in
+#: whose modules some of these lie together.
+BUILTIN_CHAT_MODULES = (
+    "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -6,13 +6,14 @@ going on from a checkpoint gives what an uninterrupted run would have. Runs in t
 process; the one file that knows TRL.
 """
 
+import contextlib
 import inspect
 import json
 import math
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -167,7 +168,8 @@ def run(
     """`model`: a PeftModel that goes on, or a model that gets a new adapter. Raises Refused."""
     workers = int(os.environ.get("WORLD_SIZE", "1"))
     watch = Watch(plan, train, valid, place, tell, stopping)
-    trainer = _trainer(plan, model, tokenizer, train, valid, place, workers, watch)
+    with _modules_as_asked():
+        trainer = _trainer(plan, model, tokenizer, train, valid, place, workers, watch)
     trainer.remove_callback(PrinterCallback)  # Watch tells
     resume = None if place.resume is None else str(place.resume)
     trainer.train(resume_from_checkpoint=resume)
@@ -241,6 +243,18 @@ def _trainer(
         return _Preferring(model, args=DPOConfig(beta=plan.beta, **losses, **settings), **shared)
     ready = {"dataset_kwargs": {"skip_prepare_dataset": True}, "padding_free": plan.packing}
     return _Supervised(model, args=SFTConfig(**ready, **settings), **shared)
+
+
+@contextlib.contextmanager
+def _modules_as_asked() -> Iterator[None]:
+    """Modules that the model hasn't got, or that PEFT has no adapter for: as PEFT says it. Another
+    try would meet them again. Raises Refused."""
+    try:
+        yield
+    except ValueError as error:
+        if not str(error).startswith("Target module"):
+            raise
+        raise Refused("invalid_hyperparameter", str(error), "target_modules") from error
 
 
 def lora(plan: TrainingPlan) -> LoraConfig:

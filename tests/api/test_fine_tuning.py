@@ -25,6 +25,7 @@ def served():
     endpoints = [
         fake_endpoint("fake", max_adapters=2),
         fake_endpoint("org/small:1", max_adapters=1, max_adapter_rank=8),
+        fake_endpoint("demo", model="builtin:chat"),
         fake_endpoint("plain"),
         fake_endpoint("vectors", task="embed"),
     ]
@@ -192,6 +193,21 @@ def test_the_rank_is_one_that_the_endpoint_can_serve(jobs, served, http, file):
     error = refused(http, model="org/small:1", training_file=file, method=method)
     assert error["param"] == "method.supervised.hyperparameters.lora_rank"
     assert "larger rank than 8" in error["message"]
+
+
+@pytest.mark.parametrize("module", ["lm_head", "model.embed_tokens", "nonsense"])
+def test_modules_that_the_demo_model_serves_no_adapter_of_are_refused(http, file, module):
+    where = "method.supervised.hyperparameters"
+
+    def asking(modules):
+        hyperparameters = {"target_modules": modules}
+        method = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
+        return {"model": "demo", "training_file": file, "method": method}
+
+    error = refused(http, **asking(["q_proj", module]))
+    assert error["param"] == f"{where}.target_modules" and f"'{module}'" in error["message"]
+    for modules in ("all-linear", "auto", ["q_proj", "layers.0.mlp.down_proj"]):
+        assert http.post(JOBS, json=asking(modules)).status_code == 200
 
 
 def test_the_rank_of_one_that_goes_on_is_its_parents(jobs, served, http):

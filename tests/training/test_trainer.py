@@ -303,8 +303,10 @@ def test_two_workers_train_one_adapter(few_lines, tmp_path):
     [
         ({"asked": {"max_length": 4096}}, "invalid_hyperparameter", "max_length"),
         ({"limits": {"max_length": 8}}, "invalid_training_file", "training_file"),
+        ({"asked": {"target_modules": ["nonsense"]}}, "invalid_hyperparameter", "target_modules"),
+        ({"asked": {"target_modules": ["norm"]}}, "invalid_hyperparameter", "target_modules"),
     ],
-    ids=["longer than the context", "nothing left to learn"],
+    ids=["longer than the context", "nothing left to learn", "no such module", "not that module"],
 )  # fmt: skip
 def test_what_the_asker_got_wrong_is_told(few_lines, tmp_path, more, code, param):
     failed = end(trained(spec(few_lines, tmp_path / "out", **more)))
