@@ -11,13 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from pydantic import (
-    Field,
-    SecretStr,
-    ValidationError,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 
 from llm_engine.config_data import (
     ENV_SECRET,
@@ -153,8 +147,8 @@ class EndpointSettings(Section):
     )
     model: str = Field(
         min_length=1,
-        description="builtin:chat, builtin:embed, a folder, a Hugging Face id, or the name of a "
-        "fine-tuned model (ft:...), which is then worked into the weights of its base.",
+        description="builtin:chat, builtin:embed, a folder, or a Hugging Face id. With `endpoints "
+        "create` also a fine-tuned model (ft:...), which is worked into the weights of its base.",
     )
     task: Literal["generate", "embed"] = Field(
         "generate", description="`generate` text, or `embed` it as vectors."
@@ -344,6 +338,12 @@ class Settings(Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two endpoints are named '{name}'; names must differ")
+        for each in self.endpoints:
+            if each.model.startswith("ft:"):  # whose weights only the store knows
+                raise ValueError(
+                    f"endpoint '{each.name}' cannot be declared with a fine-tuned model; once all "
+                    f"runs: llm-engine endpoints create {each.name} --model {each.model}"
+                )
         return self
 
     def check_exposure(self) -> None:

@@ -31,6 +31,10 @@ def test_nothing_gives_the_demo_models_on_loopback():
         ({"endpoints": [endpoint(model="builtin:x")]}, "no built-in model 'x'"),
         ({"endpoints": [endpoint(), endpoint()]}, "two endpoints are named 'a'"),
         ({"endpoints": [endpoint(name="a b")]}, "endpoints[0].name: String should match"),
+        (
+            {"endpoints": [endpoint(model="ft:demo-chat:me::1")]},
+            "llm-engine endpoints create a --model ft:demo-chat:me::1",
+        ),
         ({"endpoints": [{"model": "m"}]}, "endpoints[0].name: Field required"),
         ({"endpoints": [endpoint(vllm_args={"port": 1})]}, "'port' is set by llm-engine"),
         (
