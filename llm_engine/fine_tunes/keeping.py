@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_engine.config_data import FineTuneSettings
-from llm_engine.errors import LeaseLost, StorageUnavailable, StoreUnavailable
+from llm_engine.errors import Conflict, LeaseLost, StorageUnavailable, StoreUnavailable
 from llm_engine.files import new_file_id, new_record
 from llm_engine.fine_tunes import adapters, results
 from llm_engine.fine_tunes.checkpoints import Checkpoint, Checkpoints
@@ -163,7 +163,8 @@ class Keeping:
         self._checkpoints.drop_older(checkpoint)
         served = [a for a in self._store.adapters.of(self._lease.record.id) if a.step is not None]
         for each in served[: -self._limits.kept_checkpoints]:
-            self._store.adapters.delete(each.id)
+            with contextlib.suppress(Conflict):  # somebody has named it, and needs it
+                self._store.adapters.delete(each.id)
 
 
 def _numbers(metrics: Any) -> dict[str, float]:

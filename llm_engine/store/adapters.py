@@ -4,8 +4,10 @@ import time
 
 import sqlalchemy as sa
 
-from llm_engine.errors import NotFound
+from llm_engine.config import MERGED
+from llm_engine.errors import Conflict, NotFound
 from llm_engine.records import AdapterRecord
+from llm_engine.statuses import FineTuneState
 from llm_engine.store import journal, tables
 from llm_engine.store.database import Database
 
@@ -48,7 +50,8 @@ class Adapters:
         return next(iter(self._read(table.id == adapter, table.deleted_at.is_(None))), None)
 
     def delete(self, adapter: str) -> bool:
-        """Nobody can name it any more. False where somebody else was first."""
+        """Nobody can name it any more. False where somebody else was first. Raises Conflict where
+        an endpoint is made of it, or a fine-tune that has not ended goes on from it."""
         with self._database.writing() as connection:
             gone = connection.execute(
                 tables.adapters.update()
@@ -56,6 +59,7 @@ class Adapters:
                 .values(deleted_at=time.time())
             )
             if gone.rowcount:
+                _check_unused(connection, adapter)
                 journal.note(connection, adapter, "adapter.deleted")
             return bool(gone.rowcount)
 
@@ -70,6 +74,23 @@ class Adapters:
         rows = sa.select(tables.adapters).where(*wanted).order_by(table.step, table.id)
         with self._database.reading() as connection:
             return [AdapterRecord(**row._mapping) for row in connection.execute(rows)]
+
+
+def _check_unused(connection: sa.Connection, adapter: str) -> None:
+    """Within the transaction that deletes it, which this undoes. Raises Conflict."""
+    user = None
+    endpoints = sa.select(tables.endpoints.c.name, tables.endpoints.c.spec)
+    for row in connection.execute(endpoints):
+        if row.spec["model"] == f"{MERGED}{adapter}":
+            user = f"The endpoint '{row.name}' is made of this model. Delete the endpoint first."
+    tunes = tables.fine_tunes.c
+    ended = [str(state) for state in FineTuneState if state.is_final]
+    going_on = sa.select(tunes.id).where(tunes.parent == adapter, tunes.state.not_in(ended))
+    tune = connection.execute(going_on.limit(1)).scalar()
+    if tune is not None:
+        user = f"The fine-tune '{tune}' goes on from this model. Wait for its end, or cancel it."
+    if user is not None:
+        raise Conflict(user, param="model", code="model_in_use")
 
 
 def add(connection: sa.Connection, record: AdapterRecord) -> bool:

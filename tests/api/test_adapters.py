@@ -191,6 +191,18 @@ def test_its_owner_deletes_it_and_it_is_gone(gateway, tuned, ann):
     assert [a.id for a in gateway.services.store.adapters.deleted() if a.id == one.id]
 
 
+def test_what_an_endpoint_was_just_made_of_is_not_deleted(gateway, tuned, ann, root):
+    one = tuned()
+    with gateway.client(headers={"authorization": f"Bearer {root.api_key}"}) as client:
+        made = client.post("/v1/endpoints", json={"name": "own", "model": one.name})
+    assert made.status_code == 201, made.text
+    with pytest.raises(openai.ConflictError, match="'own' is made of this model"):
+        ann.models.delete(one.name)
+    store = gateway.services.store
+    store.endpoints.remove(store.endpoints.get("own"))
+    ann.models.delete(one.name)
+
+
 def test_what_is_no_adapter_is_not_deleted(gateway, ann, root, keys):
     for client in (ann, root):
         with pytest.raises(openai.PermissionDeniedError, match="no fine-tuned model"):

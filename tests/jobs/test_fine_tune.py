@@ -118,6 +118,17 @@ def test_the_last_checkpoints_can_be_served_and_no_others(bench, tmp_path):
     assert len(gone) == 2
 
 
+def test_a_checkpoint_that_another_one_goes_on_from_is_not_pruned(bench):
+    tune = bench.tune(40, {"step_s": 0.1}, asked={"n_epochs": 5})
+    with bench.start(tune) as job:
+        first = eventually(lambda: bench.checkpoints(tune))[0]
+        later = bench.tune(40, parent=first.id)
+        printed, _ = job.communicate(timeout=60)
+    assert job.returncode == 0, printed
+    assert [each.step for each in bench.checkpoints(tune)] == [10, 30, 40, 50]
+    bench.store.fine_tunes.ask_cancel(later.id)
+
+
 def test_a_long_run_has_no_more_events_than_anybody_reads(bench):
     tune = bench.tune(499, {"step_s": 0}, asked={"batch_size": 1, "n_epochs": 3})
     _, printed, record = bench.run(tune)

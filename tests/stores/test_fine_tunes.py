@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from llm_engine.config import MERGED, EndpointSettings
 from llm_engine.errors import Conflict, LeaseLost, NotFound
 from llm_engine.ids import new_id
 from llm_engine.records import AdapterRecord, FileRecord, FineTuneRecord
@@ -441,6 +442,32 @@ def test_an_adapter_that_is_deleted_has_no_name_until_it_is_forgotten(store):
     assert gone.id == made.id and store.adapters.all() == store.adapters.of(record.id) == []
     store.adapters.forget(made.id)
     assert store.adapters.deleted() == []
+
+
+def test_an_adapter_that_a_fine_tune_goes_on_from_stays_until_that_has_ended(store):
+    record = running(store)
+    made = adapter(record, 10)
+    store.fine_tunes.keep(record, 10, made)
+    later = create(store, parent=made.id)
+    with pytest.raises(Conflict, match=later.id) as refused:
+        store.adapters.delete(made.id)
+    assert refused.value.code == "model_in_use"
+    assert store.adapters.find(made.id) == made and "adapter.deleted" not in kinds(store, made.id)
+    store.fine_tunes.ask_cancel(later.id)
+    assert store.adapters.delete(made.id)
+
+
+def test_an_adapter_that_an_endpoint_is_made_of_stays_as_long_as_that(store):
+    record = running(store)
+    made = adapter(record, 10)
+    store.fine_tunes.keep(record, 10, made)
+    settings = EndpointSettings(name="own", model=f"{MERGED}{made.id}")
+    endpoint = store.endpoints.create(settings, "ann", {}, LIMIT)
+    with pytest.raises(Conflict, match="'own'") as refused:
+        store.adapters.delete(made.id)
+    assert refused.value.code == "model_in_use" and store.adapters.find(made.id) == made
+    store.endpoints.remove(endpoint)
+    assert store.adapters.delete(made.id)
 
 
 def test_of_many_who_delete_an_adapter_one_does(store, other):

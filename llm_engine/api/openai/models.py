@@ -9,8 +9,7 @@ from fastapi import APIRouter, Depends
 from llm_engine.api.cold import principal
 from llm_engine.api.http import require
 from llm_engine.catalog import Catalog, missing
-from llm_engine.config import MERGED
-from llm_engine.errors import APIError, Conflict, Forbidden
+from llm_engine.errors import APIError, Forbidden
 from llm_engine.records import AdapterRecord, EndpointStatus, ModelRecord, Principal, Scope
 from llm_engine.services import Services
 
@@ -66,15 +65,7 @@ async def find_adapter(services: Services, who: Principal, name: str) -> Adapter
 
 async def delete_adapter(services: Services, adapter: AdapterRecord) -> None:
     """Nobody can name it from here on; requests that run come to their end. Raises NotFound where
-    somebody else was first, Conflict where an endpoint is made of it."""
-    merged = f"{MERGED}{adapter.id}"
-    users = [e.name for e in services.balancer.table.endpoints.values() if e.model == merged]
-    if users:
-        raise Conflict(
-            f"The endpoint '{users[0]}' is made of '{adapter.name}'. Delete the endpoint first.",
-            param="model",
-            code="model_in_use",
-        )
+    somebody else was first, Conflict where an endpoint or a fine-tune needs it."""
     gone = await asyncio.to_thread(services.store.adapters.delete, adapter.id)
     services.catalog.forget(adapter)
     if not gone:
