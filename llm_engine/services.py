@@ -59,6 +59,8 @@ class Services:
     nudge: Callable[[], Awaitable[None]] = _nobody_to_tell
     #: Says that there is a new batch or fine-tune, or one that shall not go on.
     nudge_jobs: Callable[[], Awaitable[None]] = _nobody_to_tell
+    #: Training files are looked through one at a time.
+    checking: asyncio.Lock = field(default_factory=asyncio.Lock)
     _signer: Signer | None = None
     #: One look at a time into the store for an unknown name, however many ask; none for a while
     #: after it was silent.

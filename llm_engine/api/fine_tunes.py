@@ -2,18 +2,22 @@
 
 A fine-tune is a record; a job trains what it asks for. What can be told at once is told here: whose
 the files are, whether the model can be fine-tuned, whether the numbers make sense. What the files
-hold is the job's to check.
+hold is looked at right after that, for a job may wait for hours; it checks them again itself.
 """
 
 import asyncio
+import contextlib
+import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from llm_engine.api.blocking import finish
 from llm_engine.catalog import missing
-from llm_engine.errors import Conflict, InvalidRequest, NotFound, Overloaded
+from llm_engine.errors import Conflict, InvalidRequest, LLMEngineError, NotFound, Overloaded
+from llm_engine.fine_tunes import inputs
 from llm_engine.fine_tunes.plan import (
     ALL_LINEAR,
     AUTO,
@@ -35,6 +39,10 @@ from llm_engine.statuses import EndpointState, FineTuneState
 from llm_engine.store.fine_tunes import no_fine_tune
 from llm_engine.store.idempotency import Once
 
+logger = logging.getLogger("llm_engine.api")
+
+#: Fine-tunes whose files are to be looked through; of more than that only their jobs do it.
+MOST_CHECKS = 100
 #: Of tries to find a name that nobody has.
 MOST_NAMES = 60
 SEEDS = 2**31
@@ -70,6 +78,7 @@ class FineTunes:
         self._services = services
         self._store = services.store
         self._limits = services.settings.fine_tunes
+        self._checks: set[asyncio.Task[None]] = set()
 
     async def create(
         self, who: Principal, new: NewFineTune, once: Once | None = None
@@ -120,6 +129,10 @@ class FineTunes:
                     raise
             else:
                 await self._services.nudge_jobs()
+                if kept.id == job and len(self._checks) < MOST_CHECKS:
+                    checking = asyncio.create_task(self._check_files(kept))
+                    self._checks.add(checking)
+                    checking.add_done_callback(self._checks.discard)
                 return kept
         raise AssertionError
 
@@ -198,6 +211,21 @@ class FineTunes:
         record = await asyncio.to_thread(change, fine_tune)
         await self._services.nudge_jobs()
         return record
+
+    async def _check_files(self, record: FineTuneRecord) -> None:
+        """Fails it where they are bad, unless its job is at work, which will find the same."""
+        services = self._services
+        try:
+            async with services.checking:
+                await finish(inputs.check, services.settings, self._store, services.storage, record)
+        except inputs.Unfit as unfit:
+            with contextlib.suppress(LLMEngineError):
+                await asyncio.to_thread(self._store.fine_tunes.end, record, unfit.error)
+                await services.nudge_jobs()
+        except (LLMEngineError, OSError):
+            pass  # the store or the storage is away: its job waits for them
+        except Exception:
+            logger.exception("the files of %s could not be looked through", record.id)
 
     async def _keep(self, record: FineTuneRecord, once: Once | None) -> FineTuneRecord:
         try:

@@ -2,6 +2,7 @@
 it trains on, and the adapter that it goes on from. Blocking."""
 
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from llm_engine.storage.base import NoSuchObject, Storage
 from llm_engine.store.sql import Store
 
 _TRAINING, _VALIDATION = "training_file", "validation_file"
+#: `check` runs where tokens are passed on: after so many bytes it lets those go first.
+_GENTLE_BYTES, _GENTLE_S = 16 * 1024, 0.0002
 
 
 class Unfit(LLMEngineError):
@@ -56,14 +59,33 @@ def bring(
     return Inputs(train, held_out, weights, parent)
 
 
+def check(settings: Settings, store: Store, storage: Storage, record: FineTuneRecord) -> None:
+    """Its files alone, line by line, before anything is reserved for it: nothing is written. Raises
+    as `bring`, which would find the same."""
+    reader = _Reader(settings, store, storage, record, gently=True)
+    for file, param in (
+        (record.training_file_id, _TRAINING),
+        (record.validation_file_id, _VALIDATION),
+    ):
+        if file is not None:
+            for _ in reader.read(file, param):
+                pass
+
+
 class _Reader:
     def __init__(
-        self, settings: Settings, store: Store, storage: Storage, record: FineTuneRecord
+        self,
+        settings: Settings,
+        store: Store,
+        storage: Storage,
+        record: FineTuneRecord,
+        gently: bool = False,
     ) -> None:
         self._limits = settings.fine_tunes
         self._store = store
         self._storage = storage
         self._record = record
+        self._gently = gently
 
     def read(self, file: str, param: str) -> Iterator[dict[str, Any]]:
         """Its examples, one by one. Raises Unfit, at last where it is only the file that is."""
@@ -101,9 +123,16 @@ class _Reader:
 
     def _pieces(self, file: FileRecord, param: str) -> Iterator[bytes]:
         try:
-            yield from self._storage.read(file.key)
+            for piece in self._storage.read(file.key):
+                yield from _slowly(piece) if self._gently else (piece,)
         except NoSuchObject:
             raise _no_file(file.id, param) from None
+
+
+def _slowly(piece: bytes) -> Iterator[bytes]:
+    for start in range(0, len(piece), _GENTLE_BYTES):
+        yield piece[start : start + _GENTLE_BYTES]
+        time.sleep(_GENTLE_S)
 
 
 def _no_file(file: str, param: str) -> Unfit:

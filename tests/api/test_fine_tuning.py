@@ -1,6 +1,7 @@
 """OpenAI's fine-tuning jobs, asked by OpenAI's real client at a real gateway. No job runs: where
 one would, the test does to the store what a job does."""
 
+import contextlib
 import re
 import time
 from typing import Any
@@ -8,8 +9,10 @@ from typing import Any
 import openai
 import pytest
 
+from llm_engine.errors import Conflict, StorageUnavailable
 from llm_engine.records import ModelRecord, Scope
 from tests.api.test_batches import client_of, key_of
+from tests.support.cluster import eventually
 from tests.support.fine_tuned import Work, jsonl, keep
 from tests.support.gateway import GatewayThread, fake_endpoint
 
@@ -56,7 +59,8 @@ def room(served):
     yield
     store = served.services.store.fine_tunes
     for record in store.open():
-        store.ask_cancel(record.id)
+        with contextlib.suppress(Conflict):  # its file was found bad just now
+            store.ask_cancel(record.id)
 
 
 @pytest.fixture(scope="module")
@@ -220,6 +224,47 @@ def test_the_rank_of_one_that_goes_on_is_its_parents(jobs, served, http):
     assert http.post(JOBS, json=body | {"hyperparameters": {"lora_rank": 8}}).status_code == 200
     error = refused(http, **body, hyperparameters={"lora_rank": 4})
     assert error["param"] == "hyperparameters.lora_rank" and parent.name in error["message"]
+
+
+# -- what the files hold
+
+
+@pytest.mark.parametrize(
+    ("data", "code", "said"),
+    [
+        (jsonl(1), "invalid_n_examples", "must have at least 10 examples"),
+        (jsonl(11) + b"[]\n", "invalid_training_file", "Line 12: It is not a JSON object."),
+    ],
+)
+def test_a_bad_file_is_told_before_its_job_has_its_turn(jobs, served, data, code, said):
+    made = jobs.create(model="fake", training_file=keep(served, data))
+    failed = eventually(lambda: (now := jobs.retrieve(made.id)).status == "failed" and now)
+    assert (failed.error.code, failed.error.param) == (code, "training_file")
+    assert said in failed.error.message
+    last = jobs.list_events(made.id, limit=1).data[0]
+    assert last.level == "error" and said in last.message
+
+
+def test_a_bad_validation_file_is_told_and_good_files_wait_their_turn(jobs, served, file):
+    bad = jobs.create(model="fake", training_file=file, validation_file=keep(served, b"{}\n"))
+    good = jobs.create(model="fake", training_file=file, validation_file=file)
+    failed = eventually(lambda: (now := jobs.retrieve(bad.id)).status == "failed" and now)
+    assert failed.error.param == "validation_file"
+    eventually(lambda: not served.services.checking.locked())
+    assert jobs.retrieve(good.id).status == "validating_files"
+
+
+def test_a_storage_that_is_away_fails_nothing(jobs, served, monkeypatch):
+    file, asked = keep(served, jsonl(1)), []
+
+    def away(key):
+        asked.append(key)
+        raise StorageUnavailable("away")
+
+    monkeypatch.setattr(served.services.storage, "read", away)
+    made = jobs.create(model="fake", training_file=file)
+    eventually(lambda: asked and not served.services.checking.locked())
+    assert jobs.retrieve(made.id).status == "validating_files"
 
 
 # -- what is refused
