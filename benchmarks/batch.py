@@ -139,6 +139,7 @@ class Offline:
         server_only = (
             "disable_uvicorn_access_log", "enable_auto_tool_choice", "tool_call_parser",
             "served_model_name", "max_num_queued_reqs", "enable_prompt_tokens_details",
+            "enable_scale_out",
         )  # fmt: skip
         args = {k: v for k, v in engine_args(self._endpoint).items() if k not in server_only}
         with self._log.open("wb") as log:
