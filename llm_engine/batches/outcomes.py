@@ -55,18 +55,13 @@ def judge(answer: Answer) -> tuple[Verdict, Any]:
     # A load balancer in front of gateways that are being restarted has words of its own.
     if status == 503 or (status == 404 and body is None):
         return Verdict.AWAY, body
-    if status in (502, 504) and _code(body) == UpstreamAway.code:
+    if status in (502, 504) and _object(body or {}, "error").get("code") == UpstreamAway.code:
         return Verdict.AWAY, body
     if status == 401:
         return Verdict.STRANGER, body
     if status == 408 or status >= 500 or body is None:
         return Verdict.FAILED, body
     return Verdict.REFUSED, body
-
-
-def _code(body: Any) -> Any:
-    error = body.get("error") if body is not None else None
-    return error.get("code") if isinstance(error, dict) else None
 
 
 def result(

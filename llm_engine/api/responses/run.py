@@ -79,11 +79,11 @@ class Run:
                 break
             late = time.time() - self._record.created_at > self._limits.background_timeout_s
             final = late or self._turn.told_output
-            lost += error is None or isinstance(error, EngineFailed)
+            engine_lost = error is None or isinstance(error, EngineFailed)
+            lost += engine_lost
             if error is not None and error.status in _PASSES and not final:
                 raise ModelAway(error, lost > 0)
-            again = error is None or isinstance(error, EngineFailed)
-            if final or not again or lost > MOST_LOST:
+            if final or not engine_lost or lost > MOST_LOST:
                 if error is not None:
                     self._turn.fail(error)
                 break
